@@ -1,0 +1,1 @@
+"""The worlds: one folder per domain. They know no Ray."""

@@ -1,0 +1,1 @@
+"""One algorithm, one file: its settings, its loss, its credit."""

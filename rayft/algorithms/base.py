@@ -1,0 +1,227 @@
+"""The iteration every algorithm shares: draw, score, credit, learn, sync. Blind to which algorithm it runs.
+
+    draw    transitions and the events they wait for      (runners; each algorithm names its draw)
+    score   events -> rewards                             (reward actors; NaN = failed)
+    credit  rewards -> one number per transition          (here, over the whole batch, before it is sharded)
+    learn   minibatches -> weights                        (learners)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    ENV_RUNNER_SAMPLING_TIMER,
+    LEARNER_RESULTS,
+    LEARNER_UPDATE_TIMER,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    SYNCH_WORKER_WEIGHTS_TIMER,
+    TIMERS,
+)
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+
+from rayft.algorithms.config import DiffusionConfig
+from rayft.chain import Chains
+from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained, join
+from rayft.rewards.pool import RewardPool
+from rayft.rewards.score import Scores
+from rayft.verdict import Samples, Verdict, judge, remember
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What learners get: transitions with their columns, a few scalars, and what credit wants logged."""
+
+    chains: Chains
+    scalars: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+
+
+class DiffusionRL(Algorithm):
+    """Base of PPO, RWMLE, RGDM. A subclass names its draw and turns rewards into credit."""
+
+    @abstractmethod
+    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
+        """Transitions with the columns that the learner's ``row_loss`` reads."""
+
+    def draw_function(self) -> DrawFunction:
+        """What one iteration draws; whole chains of the policy unless an algorithm says otherwise."""
+        return draw_current
+
+    # -- life
+
+    def setup(self, config: Any) -> None:
+        super().setup(config)
+        scoring = self.config.section("scoring")
+        self.domain = self.config.build_domain()
+        self.settings = self.config.settings()
+        told = (self.config.reward_path, self.config.reward_arguments, dict(self.domain.rewards), self.domain.decoder)
+        self.pool = RewardPool(
+            (*told, scoring.undecodable), scoring.actors, scoring.num_cpus_per_actor, scoring.num_gpus_per_actor
+        )
+        self.pretrained: Samples | None = None
+        self.verdict: Verdict | None = None
+        self.counts = {"reward_calls": 0, "failed": 0, "chains": 0}
+
+    def cleanup(self) -> None:
+        self.pool.stop()
+        super().cleanup()
+
+    def training_step(self) -> None:
+        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+            draw = self.collect("train", self.draw_function(), self.settings.chains)
+        with self.metrics.log_time((TIMERS, "score")):
+            scores = self.score(draw)
+        with self.metrics.log_time((TIMERS, "credit")):
+            credit = self.credit(draw, scores.rewards)
+        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+            self.learn(credit)
+        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+            self.sync()
+        self._log(draw, scores, credit)
+        every = self.config.section("evaluate").every
+        if every and (self.iteration + 1) % every == 0:
+            self.evaluate_policy()
+
+    # -- the four acts
+
+    def collect(self, purpose: str, draw: DrawFunction, num_chains: int, which: str = "current") -> Draw:
+        """One draw, made in parts by the runners. A part lost with its runner is drawn again by another: same bits."""
+        num_parts = max(1, self.config.num_env_runners)
+        sizes = [len(part) for part in np.array_split(np.arange(num_chains), num_parts)]
+        settings = {name: getattr(self.settings, name) for name in vars(self.settings)}
+        shared = {"draw": draw, "iteration": self.iteration, "purpose": purpose, "which": which, "settings": settings}
+        calls = [{**shared, "part": part, "num_chains": size} for part, size in enumerate(sizes)]
+        self.counts["chains"] += num_chains
+        if self.config.num_env_runners == 0:
+            drawn = join([self.env_runner.sample(**call) for call in calls])
+            self.metrics.aggregate([self.env_runner.get_metrics()], key=ENV_RUNNER_RESULTS)
+            return drawn
+        return join(self._collect_remote(calls))
+
+    def _collect_remote(self, calls: list[dict[str, Any]]) -> list[Draw]:
+        group, done, idle_rounds = self.env_runner_group, {}, 0
+        error: Any = None
+        while len(done) < len(calls):
+            waiting = [call for call in calls if call["part"] not in done]
+            workers = group.healthy_worker_ids()[: len(waiting)]
+            sent = waiting[: len(workers)]
+            before = len(done)
+            if workers:
+                results = group._worker_manager.foreach_actor(
+                    ["sample_part"] * len(sent), kwargs=sent, remote_actor_ids=workers, timeout_seconds=None
+                )
+                for result in results:
+                    try:
+                        part, ref, stats = result.get() if result.ok else (None, None, None)
+                        if part is None:
+                            error = result.get()
+                            continue
+                        done[part] = ray.get(ref)
+                        self.metrics.aggregate([stats], key=ENV_RUNNER_RESULTS)
+                    except ray.exceptions.RayError as lost:
+                        error = lost
+            idle_rounds = 0 if len(done) > before else idle_rounds + 1
+            if idle_rounds > 20:
+                raise RuntimeError(f"no runner could draw: {str(error).strip().splitlines()[-1]}") from None
+            if idle_rounds:
+                self.restore_env_runners(group)
+                self.sync()
+        return [done[part] for part in range(len(calls))]
+
+    def score(self, draw: Draw) -> Scores:
+        """Rewards of the draw's events, failures counted."""
+        scores = self.pool.score(draw.events, draw.context)
+        self.counts["reward_calls"] += scores.num_calls
+        self.counts["failed"] += scores.num_failed
+        if scores.num_failed == len(scores.rewards):
+            why = f": {scores.reasons[0]}" if scores.reasons else ""
+            raise RuntimeError(f"the reward failed on all {scores.num_failed} samples of iteration {self.iteration}{why}")
+        return scores
+
+    def learn(self, credit: Credit) -> None:
+        """One update over the whole batch; every learner reads the same rows and takes its share of each minibatch."""
+        told = {
+            "scalars": credit.scalars,
+            "num_epochs": self.settings.num_epochs,
+            "minibatch_size": self.settings.minibatch_size,
+            "address": (self.config.seed or 0, self.iteration),
+            "timesteps": {NUM_ENV_STEPS_SAMPLED_LIFETIME: 0},
+        }
+        if self.config.num_learners == 0:
+            results = self.learner_group.update(training_data=TrainingData(batch=credit.chains), **told)
+        else:
+            refs = [ray.put(credit.chains)] * self.config.num_learners
+            results = self.learner_group.update(batch_refs=refs, **told)
+        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+
+    def sync(self) -> None:
+        """Weights from the learners to every runner, the local one included."""
+        self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
+
+    # -- how near the optimum
+
+    def evaluate_policy(self) -> Verdict:
+        """Holds the policy against J* and the frontier (math, Sec. 2); the pretrained model is drawn once."""
+        told = self.config.section("evaluate")
+        if self.pretrained is None:
+            draw = self.collect("pretrained", draw_pretrained, told.pretrained_chains)
+            self.pretrained = remember(self.domain, draw, self.score(draw))
+        which = "ema" if self.settings.ema else "current"
+        draw = self.collect("evaluate", draw_current, told.chains, which=which)
+        policy = remember(self.domain, draw, self.score(draw))
+        self.verdict = judge(self.pretrained, policy, self.config.evaluation_alpha())
+        for name, value in self.verdict.scalars().items():
+            self.metrics.log_value(("evaluation", name), value, window=1)
+        return self.verdict
+
+    # -- state
+
+    def policy_state(self, which: str = "denoiser") -> dict[str, np.ndarray]:
+        """The trained network's weights (``ema`` for their moving average), as numpy."""
+        state = self.learner_group.get_weights()[DEFAULT_MODULE_ID]
+        return {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().get_state(*args, **kwargs), "rayft": {"pretrained": self.pretrained, "counts": self.counts}}
+
+    def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().set_state(state, *args, **kwargs)
+        if "rayft" in state:
+            self.pretrained, self.counts = state["rayft"]["pretrained"], dict(state["rayft"]["counts"])
+
+    def _log(self, draw: Draw, scores: Scores, credit: Credit) -> None:
+        kl = draw.chains.columns.get("kl")
+        values = {
+            "reward_mean": float(np.nanmean(scores.rewards)),
+            "reward_std": float(np.nanstd(scores.rewards)),
+            "reward_failed": float(scores.num_failed),
+            "undecodable": float(scores.undecodable.mean()),
+            "guard_no_spread": float(np.nanstd(scores.rewards) < 1e-8),
+            **({"kl": float(kl.sum(0).mean())} if kl is not None else {}),
+            **{f"{k}_lifetime": float(v) for k, v in self.counts.items()},
+            **credit.logged,
+        }
+        for name, value in values.items():
+            self.metrics.log_value(name, value, window=1)
+
+    @classmethod
+    def get_default_config(cls) -> DiffusionConfig:
+        raise NotImplementedError
+
+    @classmethod
+    def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
+        """RLlib's bundles and one for each reward actor, so that Tune places them too."""
+        request = super().default_resource_request(config)
+        full = cls.get_default_config().update_from_dict(config)
+        scoring = full.section("scoring")
+        one = {"CPU": scoring.num_cpus_per_actor, "GPU": scoring.num_gpus_per_actor}
+        return PlacementGroupFactory([*request.bundles, *[dict(one)] * scoring.actors], strategy=full.placement_strategy)

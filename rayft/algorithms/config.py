@@ -1,0 +1,263 @@
+"""The configuration every algorithm shares, in RLlib's own grammar.
+
+    RGDMConfig().domain("toy").reward("quadratic").training(temperature=0.3, radius=1.5).build_algo()
+
+Sections are frozen dataclasses; their fields lie flat on the config (``lr``, ``chain_sigma``, ``evaluate_every``), so
+that Tune and PBT can search and mutate them, and are checked together in ``validate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from rayft import domain as domains
+from rayft import imports, reward
+from rayft.rl.module import DenoiserModule, process_of
+from rayft.rl.runner import ChainRunner
+from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, check, defaults
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every algorithm is told about training."""
+
+    __pydantic_config__ = STRICT
+
+    chains: Count = 512
+    """Chains (or data points, for RGDM) drawn in one iteration, over all runners."""
+    minibatch_size: Count = 4096
+    """Transitions per optimizer step, over all learners; a batch that holds fewer is one minibatch."""
+    num_epochs: Count = 1
+    """Passes over the batch of one iteration."""
+    lr: Positive = 1e-3
+    """AdamW's step size. The trust region below bounds what a wrong one can do."""
+    weight_decay: NonNegative = 0.0
+    """Off: fine-tuning should not forget what no reward speaks of."""
+    grad_clip: Positive | None = 1.0
+    """Largest norm of one step's gradient, all parameters together."""
+    microbatches: Count = 1
+    """Equal pieces a minibatch is computed in; the step is the same, the memory smaller."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """bfloat16 runs the network in autocast; noise, log-probabilities and KL stay float32."""
+    ema: Share = 0.0
+    """Decay of a moving average of the weights; where it is on, the average is evaluated and exported."""
+    target_kl: Positive | None = 1.0
+    """Trust region: nats per chain that one iteration may move the policy; a larger update is shrunk back to it."""
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """The chain that is trained, sampled and evaluated: one and the same."""
+
+    __pydantic_config__ = STRICT
+
+    num_steps: Count | None = None
+    """T after respacing; the model's own where none is given."""
+    sigma: Literal["beta", "gamma"] = "beta"
+    """Noise of a reverse step. gamma (the posterior's) lets the last steps dominate the KL when T is small."""
+    eta: Positive = 1.0
+    """DDIM's noise scale, with sigma gamma only."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How the policy is held against what is attainable, and when a run must stop."""
+
+    __pydantic_config__ = STRICT
+
+    every: CountOrZero = 10
+    """Iterations between evaluations; 0 evaluates at the end only."""
+    chains: Count = 1024
+    """Chains of the policy per evaluation."""
+    pretrained_chains: Count = 8192
+    """Chains of the pretrained model, drawn once: they price J*, the frontier and the baseline."""
+    alpha: Positive | None = None
+    """Temperature of J and J*; the algorithm's own where it has one. Without any, only the frontier share is told."""
+    max_kl: Positive | None = 50.0
+    """Budget of chain KL to the pretrained model; past it the run stops and goes back to the best checkpoint within."""
+    min_diversity: Share = 0.05
+    """Share of the pretrained model's diversity below which the collapse detector speaks."""
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """Where rewards are computed."""
+
+    __pydantic_config__ = STRICT
+
+    actors: CountOrZero = 0
+    """Reward actors; 0 scores in the driver, right for rewards that cost microseconds."""
+    num_cpus_per_actor: NonNegative = 1.0
+    """Logical CPUs each reserves."""
+    num_gpus_per_actor: NonNegative = 0.0
+    """GPU fraction each reserves."""
+    undecodable: float | None = None
+    """Value of an event that decodes to nothing; the reward's own where none is given."""
+
+
+SECTIONS: dict[str, type] = {"chain": ChainSettings, "evaluate": EvaluateSettings, "scoring": ScoringSettings}
+
+
+class DiffusionConfig(AlgorithmConfig):
+    """Base of PPOConfig, RWMLEConfig, RGDMConfig."""
+
+    settings_class: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, algo_class: type | None = None) -> None:
+        super().__init__(algo_class=algo_class)
+        for name, value in defaults(self.settings_class).items():
+            setattr(self, name, value)
+        for section, cls in SECTIONS.items():
+            for name, value in defaults(cls).items():
+                setattr(self, f"{section}_{name}", value)
+        self.domain_path: Any = None
+        self.domain_arguments: dict[str, Any] = {}
+        self.reward_path: Any = None
+        self.reward_arguments: dict[str, Any] = {}
+        self.initial_weights: str | None = None
+        self.env_runner_cls = ChainRunner
+        self.num_env_runners = 0
+        self.num_learners = 0
+        self.seed = 0
+        self.sample_timeout_s = None
+        self.restart_failed_env_runners = True
+        self.delay_between_env_runner_restarts_s = 0.5
+        self.torch_ddp_kwargs = {"broadcast_buffers": False}
+        space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.observation_space, self.action_space = space, space
+
+    # -- the grammar
+
+    def domain(self, path: Any, *, weights: str | None = None, **arguments: Any) -> DiffusionConfig:
+        """A short name, an import path or a Domain class, and its arguments; ``weights`` starts from a checkpoint."""
+        self.domain_path, self.domain_arguments, self.initial_weights = path, arguments, weights
+        return self
+
+    def reward(self, path: Any, *, actors: int | None = None, **arguments: Any) -> DiffusionConfig:
+        """A domain's short name, an import path, a class or a function, and its arguments."""
+        self.reward_path, self.reward_arguments = path, arguments
+        return self if actors is None else self.scoring(actors=actors)
+
+    def chain(self, **settings: Any) -> DiffusionConfig:
+        """``ChainSettings``."""
+        return self._set("chain", ChainSettings, settings)
+
+    def evaluate(self, **settings: Any) -> DiffusionConfig:
+        """``EvaluateSettings``."""
+        return self._set("evaluate", EvaluateSettings, settings)
+
+    def scoring(self, **settings: Any) -> DiffusionConfig:
+        """``ScoringSettings``."""
+        return self._set("scoring", ScoringSettings, settings)
+
+    def training(self, **settings: Any) -> DiffusionConfig:
+        """The algorithm's own settings; RLlib's other training keys pass through."""
+        known = defaults(self.settings_class)
+        for name in [key for key in settings if key in known]:
+            setattr(self, name, settings.pop(name))
+        for name in settings:
+            if not hasattr(self, name):
+                hint = imports.nearest(name, known)
+                raise ValueError(f"training has no key {name!r}{hint}; {self.algorithm_name} has {', '.join(known)}")
+        return super().training(**settings) if settings else self
+
+    def environment(self, env: Any = None, **kwargs: Any) -> DiffusionConfig:
+        """``rayft/Toy-v0`` means the same as ``.domain("toy")``, with the reward its env_config names."""
+        if not (isinstance(env, str) and env.startswith("rayft/")):
+            return super().environment(env, **kwargs)
+        told = {**gym.spec(env).kwargs, **kwargs.pop("env_config", {})}
+        found = told.get("reward")
+        if found is not None:
+            self.reward(found, **told.get("reward_arguments", {}))
+        return self.domain(told["domain"], **told.get("domain_arguments", {}))
+
+    def _set(self, section: str, cls: type, values: Mapping[str, Any]) -> DiffusionConfig:
+        known = defaults(cls)
+        for name, value in values.items():
+            if name not in known:
+                hint = imports.nearest(name, known)
+                raise ValueError(f"{section} has no key {name!r}{hint}; it has {', '.join(known)}")
+            setattr(self, f"{section}_{name}", value)
+        return self
+
+    # -- checked views
+
+    @property
+    def algorithm_name(self) -> str:
+        """ppo, rwmle, rgdm ..."""
+        return type(self).__name__.removesuffix("Config").lower()
+
+    def settings(self) -> Any:
+        """The algorithm's numbers, checked."""
+        return check("training", self.settings_class, {k: getattr(self, k) for k in defaults(self.settings_class)})
+
+    def section(self, name: str) -> Any:
+        """``chain``, ``evaluate`` or ``scoring``, checked."""
+        cls = SECTIONS[name]
+        return check(name, cls, {k: getattr(self, f"{name}_{k}") for k in defaults(cls)})
+
+    def build_domain(self) -> domains.Domain:
+        """The domain, without its network."""
+        if self.domain_path is None:
+            raise ValueError("no domain is given; choose one with domain: NAME (see `rayft configs`)")
+        return domains.build(self.domain_path, self.domain_arguments)
+
+    def evaluation_alpha(self) -> float | None:
+        """Where J and J* are read: ``evaluate.alpha``, else the algorithm's alpha, else nowhere."""
+        own = getattr(self, "alpha", None)
+        return self.section("evaluate").alpha or (float(own) if own else None)
+
+    def num_rows(self, num_steps: int) -> int:
+        """Transitions of one iteration."""
+        return self.settings().chains * num_steps
+
+    def validate(self) -> None:
+        settings, chain = self.settings(), self.section("chain")
+        for name in defaults(self.settings_class):
+            setattr(self, name, getattr(settings, name))
+        for section in SECTIONS:
+            self.section(section)
+        domain = self.build_domain()
+        if self.reward_path is None:
+            raise ValueError(f"no reward is given; this domain has {', '.join(domain.rewards) or 'none of its own'}")
+        reward.check(self.reward_path, self.reward_arguments, domain.rewards)
+        process = process_of(domain, chain.num_steps, chain.sigma, chain.eta)
+        rows, learners = self.num_rows(process.num_steps), max(1, self.num_learners)
+        if settings.minibatch_size > rows:
+            raise ValueError(
+                f"training.minibatch_size is {settings.minibatch_size}, but one iteration has {rows} transitions "
+                f"({settings.chains} chains); lower it or raise training.chains"
+            )
+        if settings.minibatch_size % (learners * settings.microbatches):
+            raise ValueError(
+                f"training.minibatch_size is {settings.minibatch_size}; it must be a multiple of num_learners x "
+                f"microbatches = {learners * settings.microbatches}"
+            )
+        if settings.chains < max(1, self.num_env_runners):
+            raise ValueError(f"training.chains is {settings.chains}, fewer than the {self.num_env_runners} runners")
+        super().validate()
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        chain = self.section("chain")
+        told = {
+            "domain": self.domain_path,
+            "domain_arguments": self.domain_arguments,
+            "weights": self.initial_weights,
+            "precision": self.precision,
+            "ema": self.ema,
+            "num_steps": chain.num_steps,
+            "sigma": chain.sigma,
+            "eta": chain.eta,
+        }
+        return RLModuleSpec(module_class=DenoiserModule, model_config=told)
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return {}

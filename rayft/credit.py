@@ -1,0 +1,68 @@
+"""From one reward at the end of a chain to a number for each of its transitions. numpy; whole batch at once.
+
+Everything here is normalised once, over the whole batch, before the batch is sharded or split into minibatches.
+Rows are transitions t = 1 .. T in that order (row 0 ends the chain), columns are chains. Failed rewards are NaN:
+their chains get weight 0 and enter no statistic.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+Rows = Float[np.ndarray, "row batch"]
+
+
+def later(penalty: Rows) -> Rows:
+    """Sum of ``penalty`` over the transitions that come after each: smaller t, so smaller row; its own left out."""
+    return np.cumsum(penalty, axis=0) - penalty
+
+
+def reward_to_go(rewards: Float[np.ndarray, " batch"], kl: Rows, alpha: float) -> Rows:
+    """G_t = r - alpha * (closed-form KL of the LATER transitions); step t's own KL belongs in the loss.
+
+    A closed-form KL of step t depends on x_t only: inside a detached advantage it would act as a baseline and the
+    penalty on step t would vanish (math, Sec. 4; T Eq. 21 as printed does that).
+    """
+    return rewards[None] - alpha * later(kl)
+
+
+def advantage(returns: Rows) -> tuple[Rows, float]:
+    """(A_t, scale): returns minus their mean at each timestep, over one standard deviation for the whole batch.
+
+    ``scale`` is that deviation: a KL term beside A must be divided by it too.
+    """
+    alive = np.isfinite(returns[0])
+    if not alive.any():
+        return np.zeros_like(returns), 0.0
+    centred = returns - returns[:, alive].mean(axis=1, keepdims=True)
+    scale = float(centred[:, alive].std())
+    if scale < 1e-8:
+        return np.zeros_like(returns), scale
+    return np.where(alive, centred / scale, 0.0), scale
+
+
+def alive(rewards: Float[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
+    """1 for chains whose reward is known, 0 for failed ones, scaled to mean 1."""
+    known = np.isfinite(rewards).astype(np.float64)
+    return known / max(known.mean(), 1e-12)
+
+
+def exponential_weight(
+    rewards: Float[np.ndarray, " batch"], alpha: float, groups: np.ndarray | None = None
+) -> Float[np.ndarray, " batch"]:
+    """w = exp(r / alpha) with mean 1 within each group c (T Alg. 3; p* is tilted within c, never across)."""
+    weight = np.zeros(len(rewards))
+    labels = np.zeros(len(rewards), dtype=int) if groups is None else np.asarray(groups)
+    for label in np.unique(labels):
+        members = (labels == label) & np.isfinite(rewards)
+        if members.any():
+            scaled = rewards[members] / alpha
+            raw = np.exp(scaled - scaled.max())
+            weight[members] = raw / raw.mean()
+    return weight / max(weight.mean(), 1e-12)
+
+
+def effective_share(weight: np.ndarray) -> float:
+    """Effective sample size over sample size, (sum w)^2 / (n sum w^2)."""
+    return float(weight.sum() ** 2 / max(len(weight) * np.square(weight).sum(), 1e-300))

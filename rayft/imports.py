@@ -1,0 +1,96 @@
+"""Objects by name: ``package.module:Name`` or ``path/to/file.py:Name``, with errors that say what is there."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for a misspelt name, '' where nothing is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def load(path: str) -> Any:
+    """The object at an import path or in a file. A ``ValueError`` names what is missing."""
+    where, colon, name = path.rpartition(":")
+    if not colon or not where or not name:
+        raise ValueError(f"{path!r} is not an import path; write 'package.module:Name' or './file.py:Name'")
+    module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
+    if not hasattr(module, name):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise ValueError(f"{where} has no {name!r}{nearest(name, public)}")
+    return getattr(module, name)
+
+
+def path_of(thing: Any) -> str:
+    """The import path that ``load`` turns back into ``thing``."""
+    source = getattr(sys.modules.get(thing.__module__), "__rayft_file__", None)
+    return f"{source or thing.__module__}:{thing.__qualname__}"
+
+
+def absolute(path: str, base: Path | None = None) -> str:
+    """A file's import path made independent of the working directory; others unchanged."""
+    where, colon, name = path.rpartition(":")
+    if not colon or not where.endswith(".py"):
+        return path
+    return f"{((base or Path.cwd()) / where).resolve()}:{name}"
+
+
+def check_arguments(target: Any, kwargs: Mapping[str, Any], what: str) -> None:
+    """Refuses keyword arguments that ``target`` does not take, before anything is built."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for key in kwargs:
+        if key not in named:
+            allowed = ", ".join(named) or "nothing"
+            raise ValueError(f"{what} takes no {key!r}{nearest(key, named)}; it takes {allowed}")
+    missing = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in kwargs]
+    if missing:
+        raise ValueError(f"{what} needs {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} in the YAML")
+
+
+def _from_package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name == missing or name.startswith(missing + "."):
+            raise ValueError(f"no module {missing!r}; is it installed, or is the path misspelt?") from None
+        raise ValueError(f"{name} needs the module {missing!r}, which is not installed") from None
+
+
+def _from_file(path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"no file {path}; an import path to a file looks like './file.py:Name'")
+    name = f"rayft_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__rayft_file__"] = str(path)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception):
+            raise ValueError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+        raise
+    return module

@@ -1,0 +1,196 @@
+"""The Learner base: minibatches straight from chains, accumulated gradients, and a trust region around each update.
+
+    theta <- theta_old + s (theta - theta_old),    s = min(1, sqrt(target_kl / KL(old || new)))
+
+KL is quadratic in a small step, so an update that went too far is shrunk back to the target, whatever the learning
+rate was. Rows are shuffled by an addressed generator and dealt so that a global minibatch holds the same rows for any
+number of learners.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from torch import Tensor
+
+from rayft.chain import Chains
+from rayft.seeds import numpy_generator
+from rayft.space import squared_norm
+
+PROBE_ROWS = 512
+
+
+class DiffusionLearner(TorchLearner):
+    """Subclasses say what one row costs; everything else is here."""
+
+    @abstractmethod
+    def row_loss(self, rows: dict[str, Tensor], out: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, logged) per row, unreduced. ``rows`` holds the batch, ``out`` mu_theta, sigma and log_prob."""
+
+    def build(self) -> None:
+        super().build()
+        self._learner_connector = None
+        self.scalars: dict[str, float] = {}
+
+    def get_parameters(self, module: Any) -> list[Any]:
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        params = self.get_parameters(self._module[module_id])
+        optimizer = torch.optim.AdamW(params, weight_decay=self.config.weight_decay)
+        self.register_optimizer(
+            module_id=module_id, optimizer=optimizer, params=params, lr_or_lr_schedule=self.config.lr
+        )
+
+    def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Tensor:
+        """RLlib's own entry to the loss."""
+        return self.row_loss(batch, fwd_out)[0].mean()
+
+    # -- minibatches
+
+    def _create_iterator_if_necessary(self, *, training_data: Any, **kwargs: Any) -> Iterator[MultiAgentBatch]:
+        self.scalars = kwargs["scalars"]
+        return self._minibatches(training_data.batch, kwargs["num_epochs"], kwargs["minibatch_size"], kwargs["address"])
+
+    def _minibatches(
+        self, chains: Chains, num_epochs: int, size: int, address: tuple[int, int]
+    ) -> Iterator[MultiAgentBatch]:
+        """Global minibatches of ``size`` rows; this learner's share of each. A short last one is left out.
+
+        Stops early once the measured KL to the policy that the update began with has passed the target.
+        """
+        total = chains.num_rows * chains.num_chains
+        size = min(size, total)
+        learners = max(1, self.config.num_learners)
+        index = getattr(self, "_learner_index", None) or 0
+        probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
+        steps = 0
+        for epoch in range(num_epochs):
+            order = numpy_generator(*address, "shuffle", epoch).permutation(total)
+            for start in range(0, total - size + 1, size):
+                mine = order[start : start + size].reshape(learners, -1)[index]
+                yield self._batch(chains, mine)
+                steps += 1
+                if self.config.target_kl is not None and steps % probe.every == 0 and probe.kl() > probe.target:
+                    break
+            else:
+                continue
+            break
+        shrunk = probe.shrink()
+        for key, value in {"num_minibatches": steps, "update_kl": probe.last, "update_shrunk_to": shrunk}.items():
+            self.metrics.log_value((DEFAULT_MODULE_ID, key), float(value), window=1)
+
+    def _batch(self, chains: Chains, index: np.ndarray) -> MultiAgentBatch:
+        rows = {k: torch.from_numpy(np.ascontiguousarray(v)).to(self._device) for k, v in chains.gather(index).items()}
+        return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch(rows)}, env_steps=len(index))
+
+    # -- one minibatch
+
+    def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
+        """Loss and gradient of one minibatch, in ``microbatches`` equal pieces, then one optimizer step."""
+        rows = batch[DEFAULT_MODULE_ID]
+        module = self._module[DEFAULT_MODULE_ID]
+        for optimizer in self._optimizer_parameters:
+            optimizer.zero_grad(set_to_none=True)
+        count = len(rows["t"])
+        pieces = torch.arange(count, device=rows["t"].device).tensor_split(min(self.config.microbatches, count))
+        total: Tensor = torch.zeros((), device=self._device)
+        sums: dict[str, Tensor] = {}
+        for number, piece in enumerate(pieces):
+            part = {k: v[piece[0] : piece[-1] + 1] for k, v in rows.items()}
+            last = number == len(pieces) - 1
+            quiet = getattr(module, "no_sync", contextlib.nullcontext) if not last else contextlib.nullcontext
+            with quiet():
+                loss, logged = self.row_loss(part, module.forward_train(part))
+                loss = loss.sum() / count
+                loss.backward()
+            total = total + loss.detach()
+            for key, value in logged.items():
+                sums[key] = sums.get(key, 0.0) + value.detach().sum() / count
+        self._step(total)
+        for key, value in sums.items():
+            self.metrics.log_value((DEFAULT_MODULE_ID, key), value, window=1)
+        return {}, {DEFAULT_MODULE_ID: total}, {}
+
+    def _step(self, loss: Tensor) -> None:
+        """Clip, step, average; a gradient that is not finite is counted and thrown away on every learner alike."""
+        params = list(self._params.values())
+        norm = torch.nn.utils.clip_grad_norm_(params, self.config.grad_clip or float("inf"))
+        finite = bool(torch.isfinite(norm))
+        self.metrics.log_value((DEFAULT_MODULE_ID, "grad_norm"), norm, window=1)
+        self.metrics.log_value((DEFAULT_MODULE_ID, "guard_non_finite"), float(not finite), reduce="sum")
+        if not finite:
+            return
+        for optimizer in self._optimizer_parameters:
+            optimizer.step()
+        module = self._module[DEFAULT_MODULE_ID].unwrapped()
+        if module.ema is not None:
+            with torch.no_grad():
+                for slow, fast in zip(module.ema.parameters(), module.denoiser.parameters(), strict=True):
+                    slow.lerp_(fast, 1 - self.config.ema)
+
+    def _log_steps_trained_metrics(self, batch: MultiAgentBatch) -> None:
+        """RLlib's own count costs a millisecond a minibatch and counts env steps twice; rows are logged once."""
+        self.metrics.log_value((DEFAULT_MODULE_ID, "num_rows_trained"), batch.env_steps(), reduce="sum")
+
+    def _log_metrics(self, batch: MultiAgentBatch) -> None:
+        """Prometheus counters of env steps: not ours."""
+
+
+class _Probe:
+    """A few rows on which the KL from the update's first policy to the present one is measured, in nats a chain."""
+
+    every = 4
+
+    def __init__(
+        self, learner: DiffusionLearner, chains: Chains, draw: np.random.Generator, learners: int, index: int
+    ) -> None:
+        self.learner, self.num_steps = learner, learner._module[DEFAULT_MODULE_ID].unwrapped().process.num_steps
+        self.target = learner.config.target_kl
+        self.last = 0.0
+        if self.target is None:
+            return
+        total = chains.num_rows * chains.num_chains
+        chosen = draw.permutation(total)[: max(PROBE_ROWS // learners, 1) * learners]
+        mine = np.array_split(chosen, learners)[index]
+        self.rows = dict(learner._batch(chains, mine).policy_batches[DEFAULT_MODULE_ID])
+        self.before = [p.detach().clone() for p in learner._params.values()]
+        self.mean = self._forward()["mean"]
+
+    def _forward(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return self.learner._module[DEFAULT_MODULE_ID].unwrapped()._forward_train(self.rows)
+
+    def kl(self) -> float:
+        """T times the mean over rows of |mu_new - mu_old|^2 / (2 sigma^2), the same number on every learner."""
+        out = self._forward()
+        value = (squared_norm(out["mean"] - self.mean) / (2 * out["sigma"] ** 2)).mean() * self.num_steps
+        if self.learner.config.num_learners > 1:
+            torch.distributed.all_reduce(value)
+            value = value / self.learner.config.num_learners
+        self.last = float(value)
+        return self.last
+
+    def shrink(self) -> float:
+        """Pulls the update back onto the target where it went past it; returns the factor s."""
+        if self.target is None:
+            return 1.0
+        factor = 1.0
+        for _ in range(5):
+            kl = self.kl()
+            if kl <= 1.05 * self.target:
+                break
+            step = (self.target / kl) ** 0.5 if np.isfinite(kl) else 0.0
+            factor *= step
+            with torch.no_grad():
+                for parameter, old in zip(self.learner._params.values(), self.before, strict=True):
+                    parameter.copy_(old + step * (parameter - old) if step > 0 else old)
+        return factor

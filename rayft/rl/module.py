@@ -1,0 +1,74 @@
+"""The denoiser as an RLModule: the policy being trained, the frozen model it started from, and its moving average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+
+from rayft import domain as domains
+from rayft.chain import Policy, Process, reverse_process
+from rayft.draws import Bench
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+def process_of(domain: domains.Domain, num_steps: int | None, sigma: str, eta: float) -> Process:
+    """The chain a run uses: the domain's schedule, respaced where fewer steps are asked for."""
+    schedule = domain.schedule()
+    return reverse_process(schedule if num_steps is None else schedule.respace(num_steps), sigma, eta)
+
+
+class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
+    """Three networks of one shape. ``model_config`` names the domain and the chain; no weights travel in it."""
+
+    def setup(self) -> None:
+        told: Mapping[str, Any] = self.model_config
+        self.domain = domains.build(told["domain"], told["domain_arguments"])
+        self.dtype = DTYPES[told["precision"]]
+        denoiser = self.domain.denoiser().to(self.dtype)
+        self.reference = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        self.denoiser = denoiser
+        if told["weights"] is not None:
+            domains.load_weights(denoiser, told["weights"])
+        self.ema = copy.deepcopy(denoiser).requires_grad_(False).eval() if told["ema"] > 0 else None
+        process = self.process = process_of(self.domain, told["num_steps"], told["sigma"], told["eta"])
+        autocast = torch.bfloat16 if told["precision"] == "bfloat16" else None
+        self.policies = {
+            name: Policy(net, process, self.domain.space, denoiser.prediction, autocast)
+            for name, net in (("current", self.denoiser), ("reference", self.reference), ("ema", self.ema))
+            if net is not None
+        }
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """Not sent to runners: the reference never changes, so every process builds its own from the domain."""
+        return ["reference"]
+
+    def train(self, mode: bool = True) -> DenoiserModule:
+        super().train(mode)
+        for frozen in ("reference", "ema"):
+            if getattr(self, frozen, None) is not None:
+                getattr(self, frozen).eval()
+        return self
+
+    def bench(self, which: str = "current") -> Bench:
+        """Where draws are made, with ``which`` policy in the trained one's place."""
+        device = next(self.denoiser.parameters()).device
+        return Bench(self.domain, self.policies[which], self.policies["reference"], device, self.dtype)
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        policy = self.policies["current"]
+        context = {k.removeprefix("context/"): v for k, v in batch.items() if k.startswith("context/")}
+        return {"mean": policy.mean(batch["x_t"], batch["t"], context), "sigma": policy.sigma(batch["t"])}
+
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """mu_theta and the log-prob of x_prev under it; everything differentiable happens here (DDP)."""
+        policy = self.policies["current"]
+        context = {k.removeprefix("context/"): v for k, v in batch.items() if k.startswith("context/")}
+        mean = policy.mean(batch["x_t"], batch["t"], context)
+        sigma = policy.sigma(batch["t"]).to(mean.dtype)
+        return {"mean": mean, "sigma": sigma, "log_prob": policy.log_prob(batch["x_prev"], mean, batch["t"], context)}

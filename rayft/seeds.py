@@ -1,0 +1,31 @@
+"""Randomness is addressed, not carried: every draw's generator is seeded from where the draw stands in the run.
+
+    generator = f(run seed, iteration, purpose, index)
+
+No process has to save or restore its generator, so a lost runner or a killed run comes back to the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+def address(seed: int, iteration: int, purpose: str, index: int = 0) -> int:
+    """A 63-bit seed that belongs to this draw alone."""
+    text = f"{seed}/{iteration}/{purpose}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def torch_generator(
+    seed: int, iteration: int, purpose: str, index: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """The torch generator at this address."""
+    return torch.Generator(device=device).manual_seed(address(seed, iteration, purpose, index))
+
+
+def numpy_generator(seed: int, iteration: int, purpose: str, index: int = 0) -> np.random.Generator:
+    """The numpy generator at this address."""
+    return np.random.default_rng(address(seed, iteration, purpose, index))
