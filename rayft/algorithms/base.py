@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
@@ -76,6 +77,7 @@ class DiffusionRL(Algorithm):
         super().cleanup()
 
     def training_step(self) -> None:
+        self.verdict = None
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
             draw = self.collect("train", self.draw_function(), self.settings.chains)
         with self.metrics.log_time((TIMERS, "score")):
@@ -171,17 +173,20 @@ class DiffusionRL(Algorithm):
 
     def evaluate_policy(self) -> Verdict:
         """Holds the policy against J* and the frontier (math, Sec. 2); the pretrained model is drawn once."""
-        told = self.config.section("evaluate")
-        if self.pretrained is None:
-            draw = self.collect("pretrained", draw_pretrained, told.pretrained_chains)
-            self.pretrained = remember(self.domain, draw, self.score(draw))
         which = "ema" if self.settings.ema else "current"
-        draw = self.collect("evaluate", draw_current, told.chains, which=which)
+        draw = self.collect("evaluate", draw_current, self.config.section("evaluate").chains, which=which)
         policy = remember(self.domain, draw, self.score(draw))
-        self.verdict = judge(self.pretrained, policy, self.config.evaluation_alpha())
+        self.verdict = judge(self.draw_pretrained(), policy, self.config.evaluation_alpha())
         for name, value in self.verdict.scalars().items():
             self.metrics.log_value(("evaluation", name), value, window=1)
         return self.verdict
+
+    def draw_pretrained(self) -> Samples:
+        """Samples of the pretrained model, drawn and scored once in a run."""
+        if self.pretrained is None:
+            draw = self.collect("pretrained", draw_pretrained, self.config.section("evaluate").pretrained_chains)
+            self.pretrained = remember(self.domain, draw, self.score(draw))
+        return self.pretrained
 
     # -- state
 
@@ -189,6 +194,21 @@ class DiffusionRL(Algorithm):
         """The trained network's weights (``ema`` for their moving average), as numpy."""
         state = self.learner_group.get_weights()[DEFAULT_MODULE_ID]
         return {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
+
+    def set_policy(self, weights: dict[str, np.ndarray]) -> None:
+        """Puts weights into the trained network (and its average) on every learner and runner."""
+
+        def put(learner: Any) -> None:
+            module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+            for net in filter(None, (module.denoiser, module.ema)):
+                net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in weights.items()})
+
+        self.learner_group.foreach_learner(put)
+        self.sync()
+
+    def reset_policy(self) -> None:
+        """Back to the pretrained weights."""
+        self.set_policy(self.policy_state("reference"))
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().get_state(*args, **kwargs), "rayft": {"pretrained": self.pretrained, "counts": self.counts}}

@@ -87,8 +87,7 @@ class ChainRunner(EnvRunner, Checkpointable):
         weights = state[COMPONENT_RL_MODULE]
         weights = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
         sequence = state.get(WEIGHTS_SEQ_NO, 0)
-        if sequence == 0 or sequence > self._weights_seq_no:
-            self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
+        self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
         self._weights_seq_no = sequence or self._weights_seq_no
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[()], dict[str, Any]]:

@@ -1,0 +1,56 @@
+# make demo and make test are each enough on a fresh machine with Python 3.11 or later; neither needs root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCHMARKS ?= $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
+BENCH_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types layers check bench clean
+
+help:
+	@echo 'make demo       install, then fine-tune the toy model and write a report under runs/'
+	@echo 'make test       install, then run the tests (test-slow: the long ones)'
+	@echo 'make check      lint, types and import layers, each a target of its own'
+	@echo 'make bench      every benchmark; BENCH_FLAGS=--quick for a short one, BENCHMARKS=name for one'
+
+install: $(STAMP)
+
+# The stamp comes last, so an interrupted installation is taken up again.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rayft needs Python 3.11 or later; this is " \
+	+ sys.version.split()[0] + ": name another one with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/rayft run toy_ppo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=10 $(PYTEST_FLAGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not cluster" --durations=10 --timeout=1800 $(PYTEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/basedpyright
+
+layers: install
+	PYTHONPATH=. $(BIN)/lint-imports --no-logo
+
+check: lint types layers
+
+bench: install
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(BENCH_FLAGS); \
+	done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

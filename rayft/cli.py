@@ -1,0 +1,242 @@
+"""The command line. Every command ends in 0, in 2 with one sentence for a user's mistake, or in 130 after Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``rayft``."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except ValueError as error:
+        print(f"rayft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rayft: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(told: argparse.Namespace) -> int:
+    """Fine-tune as FILE says."""
+    from rayft import spec as specs
+
+    if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
+        told.resume, told.file = told.file, None
+    spec = None if told.file is None else specs.read(told.file, told.overrides)
+    if spec is None and not isinstance(told.resume, str):
+        raise ValueError("nothing to run: give a YAML, a Python file with a spec, or the name of a shipped config")
+    if told.dry_run and spec is not None:
+        from rayft.plan import plan
+
+        print(plan(spec))
+        return 0
+    return _run(told, spec)
+
+
+def _run(told: argparse.Namespace, spec: Any) -> int:
+    if spec is not None:
+        spec.checked()
+    from rayft import display, loop
+
+    folder = _folder_to_resume(told, spec)
+    if folder is None:
+        folder = loop.create_folder(spec)
+    elif spec is None:
+        spec = loop.open_folder(folder)
+        spec.checked()
+    view = display.choose(told.quiet)
+    try:
+        _start_ray(told.address)
+        run = loop.Run(spec, folder, view, trust=told.trust)
+        row = run.execute(resume=told.resume is not None)
+    finally:
+        view.close()
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    display.show(display.before_after({k.removeprefix("evaluate/"): v for k, v in row.items() if "evaluate/" in k}))
+    if run.interrupted:
+        print(f"saved; continue with: rayft run --resume {folder}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _folder_to_resume(told: argparse.Namespace, spec: Any) -> Path | None:
+    if told.resume is None:
+        return None
+    if isinstance(told.resume, str):
+        return Path(told.resume)
+    found = [p for p in Path(spec.output).glob(f"{spec.name}*") if (p / "config.yaml").is_file()]
+    if not found:
+        raise ValueError(f"nothing to resume: no run named {spec.name!r} in {spec.output}; start it without --resume")
+    return max(found, key=lambda p: (p / "run.json").stat().st_mtime if (p / "run.json").is_file() else 0)
+
+
+def _start_ray(address: str | None) -> None:
+    import logging
+
+    import ray
+
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not ray.is_initialized():
+        ray.init(address=address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+def evaluate(told: argparse.Namespace) -> int:
+    """Hold a checkpoint against J* and the frontier, with fresh samples."""
+    from rayft import display, store
+    from rayft.offline import judged
+
+    verdict = judged(store.load(Path(told.checkpoint)), told.chains, told.pretrained_chains, told.alpha, told.seed)
+    if told.json:
+        print(json.dumps(verdict.scalars()))
+    else:
+        display.show(display.before_after(verdict.scalars()))
+    return 0
+
+
+def sample(told: argparse.Namespace) -> int:
+    """Draw finished events from a checkpoint into an .npz."""
+    import numpy as np
+
+    from rayft import store
+    from rayft.offline import sampled
+
+    columns = sampled(store.load(Path(told.checkpoint)), told.num, told.seed, told.score)
+    out = _writable(Path(told.out))
+    np.savez_compressed(out, **columns)
+    print(f"{told.num} samples in {out}: {', '.join(columns)}")
+    return 0
+
+
+def export(told: argparse.Namespace) -> int:
+    """The fine-tuned network as the state dict its own module loads."""
+    from rayft import store
+    from rayft.offline import exported
+
+    out = exported(store.load(Path(told.checkpoint)), _writable(Path(told.out)))
+    print(f"weights in {out}")
+    return 0
+
+
+def report(told: argparse.Namespace) -> int:
+    """Write a run's report again from its files."""
+    from rayft import loop
+    from rayft import report as reports
+
+    config = loop.open_folder(Path(told.run)).checked()
+    print(reports.write(Path(told.run), config.build_domain(), config.evaluation_alpha()))
+    return 0
+
+
+def pretrain(told: argparse.Namespace) -> int:
+    """Train a denoiser on its domain's data."""
+    from rayft import pretrain as training
+
+    print(training.main(told.file, told.overrides, told.resume, told.quiet))
+    return 0
+
+
+def configs(told: argparse.Namespace) -> int:
+    """List the shipped configs, or copy them."""
+    from rayft import spec
+
+    found = spec.configs()
+    if told.copy is None:
+        for name, path in found.items():
+            print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return 0
+    target = Path(told.copy)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in found.values():
+        if (target / path.name).exists():
+            raise ValueError(f"{target / path.name} exists; copy to another folder")
+        shutil.copy(path, target)
+    print(f"{len(found)} configs in {target}")
+    return 0
+
+
+def doctor(told: argparse.Namespace) -> int:
+    """Check this machine's installation."""
+    from rayft import doctor as checks
+
+    return checks.render(checks.checks())
+
+
+def _writable(path: Path) -> Path:
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: {folder} is missing or not writable")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rayft", description="Fine-tune diffusion models with RL on Ray.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        name = command.__name__
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add(run)
+    sub.add_argument("file", nargs="?", help="YAML, Python file with a `spec`, or shipped config (`rayft configs`)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=1e-4 seed=3")
+    sub.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue RUN, or the newest of this name")
+    sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
+    sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
+    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
+    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
+
+    sub = add(evaluate)
+    sub.add_argument("checkpoint", help="a run folder (its best checkpoint) or a checkpoint folder")
+    sub.add_argument("--chains", type=_count, default=4096)
+    sub.add_argument("--pretrained-chains", type=_count, default=16384)
+    sub.add_argument("--alpha", type=float, default=None, help="temperature of J and J*; the run's own by default")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true")
+
+    sub = add(sample)
+    sub.add_argument("checkpoint")
+    sub.add_argument("--num", type=_count, default=256)
+    sub.add_argument("--out", default="samples.npz")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--score", action="store_true", help="add the run's reward of each sample")
+
+    sub = add(export)
+    sub.add_argument("checkpoint")
+    sub.add_argument("out", help=".safetensors or .pt")
+
+    add(report).add_argument("run")
+
+    sub = add(pretrain)
+    sub.add_argument("file")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub.add_argument("--resume", action="store_true")
+    sub.add_argument("--quiet", action="store_true")
+
+    add(configs).add_argument("--copy", metavar="FOLDER", help="copy the YAMLs there")
+    add(doctor)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""``rayft run --dry-run``: the checked config, what it will hold in memory, and who will run where. Starts nothing."""
+
+from __future__ import annotations
+
+import math
+
+import yaml
+
+from rayft.rl.module import process_of
+from rayft.spec import RunSpec
+
+
+def plan(spec: RunSpec) -> str:
+    """Text for a terminal."""
+    config = spec.checked()
+    chain, settings = config.section("chain"), config.settings()
+    domain = config.build_domain()
+    steps = process_of(domain, chain.num_steps, chain.sigma, chain.eta).num_steps
+    weights = sum(p.numel() for p in domain.denoiser().parameters())
+    width = 8 if settings.precision == "float64" else 4
+    event = math.prod(domain.event_shape) * width
+    rows = config.num_rows(steps)
+    networks = 2 + (settings.ema > 0)
+    learner = weights * width * (networks + 4)
+    batch = rows * event * 2 + (settings.chains * event)
+    lines = [
+        yaml.safe_dump(spec.full(), sort_keys=False),
+        f"chain: {steps} transitions; {settings.chains} chains a iteration; {rows} transitions to learn from",
+        f"network: {weights:,} weights; {networks} copies in every runner and learner",
+        f"memory: about {_size(learner)} per learner (weights, gradient, Adam, trust region) without activations; "
+        f"about {_size(batch)} for one iteration's chains and anchors",
+        "placement:",
+        *(f"  {line}" for line in placement(spec)),
+    ]
+    return "\n".join(lines)
+
+
+def placement(spec: RunSpec) -> list[str]:
+    """One line per kind of process with what each reserves."""
+    told = spec.resources
+    scoring = spec.checked().section("scoring")
+    kinds = [
+        ("driver", 1, 1.0, 0.0),
+        ("runners", told.num_env_runners, told.num_cpus_per_env_runner, told.num_gpus_per_env_runner),
+        ("learners", told.num_learners, told.num_cpus_per_learner, told.num_gpus_per_learner),
+        ("reward actors", scoring.actors, scoring.num_cpus_per_actor, scoring.num_gpus_per_actor),
+    ]
+    return [
+        f"{number} x {name}: {cpus:g} CPU, {gpus:g} GPU each" if number else f"{name}: in the driver"
+        for name, number, cpus, gpus in kinds
+    ]
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"

@@ -1,0 +1,214 @@
+"""Checkpoints on disk: weights anyone can read, a card that says what they are, and RLlib's state for resuming.
+
+    iteration_000010/  card.json  weights.safetensors  [ema.safetensors]  rllib/
+
+Written to a temporary folder, synced, renamed: a checkpoint is whole or absent. Everything but resuming reads only
+the card and the safetensors; the pickles in ``rllib/`` are opened by ``resume`` alone, after ``trusted`` agreed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rayft import domain as domains
+from rayft.chain import Policy, Process, reverse_process
+from rayft.draws import Bench
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and its card."""
+
+    path: Path
+    card: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        return int(self.card["iteration"])
+
+    @property
+    def state(self) -> Path:
+        """RLlib's own state."""
+        return self.path / "rllib"
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The network's state dict: the moving average where the run kept one."""
+        name = "ema.safetensors" if (self.path / "ema.safetensors").is_file() else "weights.safetensors"
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path / name} is missing or truncated ({error}); use an earlier one") from None
+
+    def domain(self) -> domains.Domain:
+        told = self.card["domain"]
+        return domains.build(told["name"], {k: v for k, v in told.items() if k != "name"})
+
+    def process(self, domain: domains.Domain) -> Process:
+        chain, schedule = self.card["chain"], domain.schedule()
+        schedule = schedule if chain["num_steps"] is None else schedule.respace(chain["num_steps"])
+        if schedule.alpha_bar.tolist() != self.card["alpha_bar"]:
+            raise ValueError(f"{self.path} was made for another noise schedule than this domain's; give the domain it names")
+        return reverse_process(schedule, chain["sigma"], chain["eta"])
+
+    def network(self, domain: domains.Domain) -> domains.Denoiser:
+        """The fine-tuned network."""
+        net = domain.denoiser()
+        state = {k: torch.from_numpy(v) for k, v in self.weights().items()}
+        own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+        for key, shape in own.items():
+            if key not in state or tuple(state[key].shape) != shape:
+                has = tuple(state[key].shape) if key in state else "nothing"
+                raise ValueError(f"{self.path} does not fit domain {self.card['domain']['name']!r}: {key} is {has}, not {shape}")
+        net.load_state_dict(state)
+        return net.eval()
+
+    def bench(self, device: str = "cpu") -> Bench:
+        """Where draws of the fine-tuned policy are made, with the pretrained model as its reference."""
+        domain = self.domain()
+        process, where = self.process(domain), torch.device(device)
+        nets = [net.to(where).requires_grad_(False) for net in (self.network(domain), domain.denoiser().eval())]
+        policies = [Policy(net, process, domain.space, net.prediction) for net in nets]
+        return Bench(domain, policies[0], policies[1], where, torch.float32)
+
+
+def save(
+    folder: Path, weights: Mapping[str, Mapping[str, np.ndarray]], card: Mapping[str, Any], state: Callable[[Path], Any]
+) -> Checkpoint:
+    """Writes ``folder`` in one piece. ``weights``: file name -> state dict; ``state`` writes RLlib's part."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, arrays in weights.items():
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary / f"{name}.safetensors")
+        (temporary / "rllib").mkdir()
+        state(temporary / "rllib")
+        full = {"format": FORMAT, **card, "versions": versions(), "torch_threads": torch.get_num_threads()}
+        full["rllib_sha256"] = tree_hash(temporary / "rllib")
+        (temporary / "card.json").write_text(json.dumps(full, indent=1))
+        _sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(
+            f"checkpoint {folder.name} could not be written ({error.strerror or error}); the one before it is whole: "
+            f"free space or set output=FOLDER, then resume"
+        ) from None
+    return Checkpoint(folder, full)
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in ``path``: a checkpoint folder, or a run folder (its best, else its newest)."""
+    if (path / "checkpoints").is_dir():
+        found = best(path) or newest(path)
+        if found is None:
+            raise ValueError(f"{path} holds no whole checkpoint yet")
+        return found
+    return _open(path)
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The last whole checkpoint of a run."""
+    folders = sorted((run / "checkpoints").glob("iteration_*"), reverse=True)
+    return next((_open(folder) for folder in folders if (folder / "card.json").is_file()), None)
+
+
+def best(run: Path) -> Checkpoint | None:
+    """The checkpoint that ``mark_best`` named."""
+    pointer = run / "checkpoints" / "best.json"
+    if not pointer.is_file():
+        return None
+    folder = run / "checkpoints" / json.loads(pointer.read_text())["name"]
+    return _open(folder) if (folder / "card.json").is_file() else None
+
+
+def mark_best(run: Path, checkpoint: Checkpoint, score: float) -> None:
+    """Names the best checkpoint, in one piece."""
+    write_text(run / "checkpoints" / "best.json", json.dumps({"name": checkpoint.path.name, "score": score}))
+
+
+def prune(run: Path, keep: int) -> None:
+    """Drops all but the ``keep`` newest and the best."""
+    spared = best(run)
+    for folder in sorted((run / "checkpoints").glob("iteration_*"))[:-keep]:
+        if spared is None or folder != spared.path:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def trusted(checkpoint: Checkpoint, trust: bool) -> None:
+    """Refuses to unpickle state that this user does not own or that has changed since the card was written."""
+    if trust:
+        return
+    how = "resume with --trust if you know where it comes from"
+    owner = checkpoint.path.stat().st_uid
+    if hasattr(os, "getuid") and owner != os.getuid():
+        raise ValueError(f"{checkpoint.path} belongs to another user (uid {owner}) and resuming unpickles it; {how}")
+    if tree_hash(checkpoint.state) != checkpoint.card.get("rllib_sha256"):
+        raise ValueError(f"{checkpoint.state} is not what its card.json describes and resuming unpickles it; {how}")
+
+
+def tree_hash(folder: Path) -> str:
+    """One digest of every file's name and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a number may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("rayft", "ray", "torch", "numpy", "gymnasium"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """In one piece: a reader sees the old text or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _open(path: Path) -> Checkpoint:
+    try:
+        card = json.loads((path / "card.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is neither a run nor a checkpoint: it has no card.json") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path / 'card.json'} is truncated; use an earlier checkpoint") from None
+    if card.get("format", 0) > FORMAT:
+        needs = card.get("versions", {}).get("rayft", "a newer one")
+        raise ValueError(f"{path} was written by a newer rayft ({needs}, format {card['format']}); upgrade rayft to read it")
+    return Checkpoint(path, card)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
