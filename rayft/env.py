@@ -16,13 +16,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import namespace
 from gymnasium.utils import RecordConstructorArgs, seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from rayft import domain as domains
-from rayft import imports
+from rayft import imports, register_envs
 from rayft import reward as rewards
 from rayft.chain import Policy, Prediction, Process, reverse_process
 from rayft.domain import Domain
@@ -305,3 +306,10 @@ def _call(reward: Reward, samples: list[Any]) -> np.ndarray:
         gym.logger.warn(f"the reward failed, so the event scores as undecodable: {reason}")
         return np.array([np.nan])
     return np.concatenate([_call(reward, [sample]) for sample in samples])
+
+
+# Gymnasium reads no entry points since 1.0: a process knows ``rayft/Toy-v0`` once it has imported this module, or it asks
+# for ``rayft.env:rayft/Toy-v0`` (as an RLlib configuration with remote runners must).
+if not any(spec.namespace == "rayft" for spec in gym.registry.values()):
+    with namespace("rayft"):
+        register_envs()

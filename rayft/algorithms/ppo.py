@@ -40,6 +40,8 @@ class PPOLearner(DiffusionLearner):
         surrogate = losses.ppo_loss(out["log_prob"], rows["log_prob"], rows["advantage"], self.config.clip)
         kl = losses.transition_kl(out["mean"], rows["mean_ref"], out["sigma"])
         ratio = (out["log_prob"] - rows["log_prob"]).exp()
+        if self.fresh:
+            self.say("guard_ratio", (ratio - 1).abs().max())
         loss = rows["alive"] * (surrogate + self.scalars["kl_weight"] * kl)
         clipped = ((ratio - 1).abs() > self.config.clip).float()
         return loss, {"clipped": clipped, "ratio": ratio, "policy_loss": surrogate}

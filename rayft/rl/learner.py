@@ -39,6 +39,7 @@ class DiffusionLearner(TorchLearner):
         super().build()
         self._learner_connector = None
         self.scalars: dict[str, float] = {}
+        self.fresh = True  # no step taken yet in this update: p_theta is still p_old
 
     def get_parameters(self, module: Any) -> list[Any]:
         return [p for p in module.parameters() if p.requires_grad]
@@ -53,6 +54,10 @@ class DiffusionLearner(TorchLearner):
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Tensor:
         """RLlib's own entry to the loss."""
         return self.row_loss(batch, fwd_out)[0].mean()
+
+    def say(self, name: str, value: Any) -> None:
+        """Logs one current value of this learner."""
+        self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
 
     # -- minibatches
 
@@ -72,13 +77,13 @@ class DiffusionLearner(TorchLearner):
         learners = max(1, self.config.num_learners)
         index = getattr(self, "_learner_index", None) or 0
         probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
-        steps = 0
+        steps, self.fresh = 0, True
         for epoch in range(num_epochs):
             order = numpy_generator(*address, "shuffle", epoch).permutation(total)
             for start in range(0, total - size + 1, size):
                 mine = order[start : start + size].reshape(learners, -1)[index]
                 yield self._batch(chains, mine)
-                steps += 1
+                steps, self.fresh = steps + 1, False
                 if self.config.target_kl is not None and steps % probe.every == 0 and probe.kl() > probe.target:
                     break
             else:
@@ -86,7 +91,7 @@ class DiffusionLearner(TorchLearner):
             break
         shrunk = probe.shrink()
         for key, value in {"num_minibatches": steps, "update_kl": probe.last, "update_shrunk_to": shrunk}.items():
-            self.metrics.log_value((DEFAULT_MODULE_ID, key), float(value), window=1)
+            self.say(key, float(value))
 
     def _batch(self, chains: Chains, index: np.ndarray) -> MultiAgentBatch:
         rows = {k: torch.from_numpy(np.ascontiguousarray(v)).to(self._device) for k, v in chains.gather(index).items()}
@@ -117,7 +122,7 @@ class DiffusionLearner(TorchLearner):
                 sums[key] = sums.get(key, 0.0) + value.detach().sum() / count
         self._step(total)
         for key, value in sums.items():
-            self.metrics.log_value((DEFAULT_MODULE_ID, key), value, window=1)
+            self.say(key, value)
         return {}, {DEFAULT_MODULE_ID: total}, {}
 
     def _step(self, loss: Tensor) -> None:
@@ -125,7 +130,7 @@ class DiffusionLearner(TorchLearner):
         params = list(self._params.values())
         norm = torch.nn.utils.clip_grad_norm_(params, self.config.grad_clip or float("inf"))
         finite = bool(torch.isfinite(norm))
-        self.metrics.log_value((DEFAULT_MODULE_ID, "grad_norm"), norm, window=1)
+        self.say("grad_norm", norm)
         self.metrics.log_value((DEFAULT_MODULE_ID, "guard_non_finite"), float(not finite), reduce="sum")
         if not finite:
             return

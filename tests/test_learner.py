@@ -1,0 +1,104 @@
+"""One update is the same update, however many learners share it and in however many pieces it is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rayft.algorithms.ppo import PPOConfig
+from rayft.algorithms.rgdm import RGDMConfig
+from rayft.algorithms.rwmle import RWMLEConfig
+
+CONFIGS = {"ppo": PPOConfig, "rwmle": RWMLEConfig, "rgdm": RGDMConfig}
+
+
+def build(name="ppo", num_learners=0, **training):
+    """128 chains of 32 steps: 4,096 transitions."""
+    told = {"chains": 4096 if name == "rgdm" else 128, "minibatch_size": 4096, "lr": 1e-3, **training}
+    config = CONFIGS[name]().domain("toy").reward("quadratic").chain(num_steps=32).training(**told)
+    config.evaluate(every=0, chains=64, pretrained_chains=256, alpha=0.5)
+    return config.learners(num_learners=num_learners).build_algo()
+
+
+def update(algo, credit):
+    """(weights after one update, loss of its last minibatch)."""
+    before = algo.policy_state()
+    algo.learn(credit)
+    after = algo.policy_state()
+    loss = algo.metrics.peek(("learners", "default_policy", "total_loss"))
+    assert any((after[k] != before[k]).any() for k in after), "the update changed nothing"
+    return after, float(loss)
+
+
+def credit_of(algo):
+    draw = algo.collect("train", algo.draw_function(), algo.settings.chains)
+    return algo.credit(draw, algo.score(draw).rewards)
+
+
+def largest_gap(a, b):
+    return max(float(np.abs(a[k] - b[k]).max()) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("precision", "minibatch_size", "tolerance"),
+    # Adam divides by the size of the gradient, so four steps amplify the rounding of one.
+    [("float32", 4096, 1e-6), ("float64", 4096, 1e-12), ("float64", 1024, 1e-10)],
+)
+def test_zero_one_and_two_learners_take_the_same_steps(ray_session, precision, minibatch_size, tolerance):
+    outcomes, credit = [], None
+    for num_learners in (0, 1, 2):
+        algo = build(num_learners=num_learners, precision=precision, minibatch_size=minibatch_size, num_epochs=1)
+        credit = credit or credit_of(algo)
+        outcomes.append(update(algo, credit))
+        algo.stop()
+    for weights, loss in outcomes[1:]:
+        print(f"{precision} {minibatch_size}: weights differ by {largest_gap(weights, outcomes[0][0]):.1e}")
+        assert largest_gap(weights, outcomes[0][0]) <= tolerance
+        # RLlib averages the learners' logged losses in float32 where there were several minibatches
+        assert loss == pytest.approx(outcomes[0][1], abs=tolerance if minibatch_size == 4096 else 1e-6)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_four_microbatches_are_one_minibatch(ray_session, name, precision, tolerance):
+    outcomes, credit = [], None
+    for microbatches in (1, 4):
+        algo = build(name, precision=precision, microbatches=microbatches, num_epochs=1)
+        credit = credit or credit_of(algo)
+        outcomes.append(update(algo, credit))
+        algo.stop()
+    assert largest_gap(outcomes[0][0], outcomes[1][0]) <= tolerance
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=tolerance)
+
+
+def test_the_ratio_is_one_before_the_first_step(ray_session):
+    algo = build()
+    assert algo.train()["learners"]["default_policy"]["guard_ratio"] < 1e-4
+    algo.stop()
+
+
+def test_an_absurd_learning_rate_moves_the_policy_no_further_than_the_trust_region(ray_session):
+    algo = build(lr=5.0, target_kl=0.3, minibatch_size=512, num_epochs=2)
+    for _ in range(3):
+        assert algo.train()["learners"]["default_policy"]["update_kl"] <= 0.35
+    assert algo.evaluate_policy().scalars()["kl"] < 5
+    algo.stop()
+
+
+def test_without_the_trust_region_the_same_learning_rate_destroys_the_policy(ray_session):
+    algo = build(lr=5.0, target_kl=None, minibatch_size=512, num_epochs=2)
+    algo.train()
+    assert not algo.evaluate_policy().scalars()["kl"] < 1000
+    algo.stop()
+
+
+def test_rows_whose_reward_failed_change_nothing(ray_session):
+    algo = build(precision="float64", target_kl=None)
+    draw = algo.collect("train", algo.draw_function(), algo.settings.chains)
+    rewards = algo.score(draw).rewards
+    rewards[::2] = np.nan
+    credit = algo.credit(draw, rewards)
+    assert (credit.chains.columns["advantage"][:, ::2] == 0).all()
+    assert (credit.chains.columns["alive"][:, ::2] == 0).all()
+    assert np.isfinite(update(algo, credit)[1])
+    algo.stop()
