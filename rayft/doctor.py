@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -25,13 +26,11 @@ RAY_PORTS = {6379: "cluster", 8265: "dashboard", 10001: "client"}
 # libusb comes with the machine or with a PyPI package; loaded first, the package's makes the import work without root.
 IMPORT_OPEN3D = """
 import ctypes, importlib.util
-source = "the system's libusb"
 if importlib.util.find_spec("libusb_package"):
     import libusb_package
     ctypes.CDLL(str(libusb_package.get_library_path()), mode=ctypes.RTLD_GLOBAL)
-    source = "libusb from libusb-package"
 import open3d
-print(open3d.__version__ + ", " + source)
+print(open3d.__version__)
 """
 
 
@@ -54,7 +53,9 @@ def checks() -> Iterator[Check]:
     yield _open3d()
     yield _ray_token()
     yield _ray_ports()
-    yield from _shared_memory()
+    if (shm := Path("/dev/shm")).is_dir():
+        size = shutil.disk_usage(shm).total / GIB
+        yield Check("/dev/shm", size >= 2 or None, f"{size:.1f} GiB", "small for Ray: docker run --shm-size=4g")
     yield _folder("runs", Path("runs"), GIB, "start from a folder with room, or name another one for the runs")
     yield _folder("data", data_folder(), 0, "set RAYFT_DATA to a folder that you can write")
 
@@ -65,14 +66,12 @@ def render(checks: Iterable[Check]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "check", "found", "what to do", box=None, pad_edge=False)
-    failed = False
-    for check in checks:
-        failed = failed or check.ok is False
+    table, rows = Table("", "check", "found", "what to do", box=None, pad_edge=False), list(checks)
+    for check in rows:
         mark = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[red]NO[/]"}[check.ok]
         table.add_row(mark, Text(check.name), Text(check.found), Text("" if check.ok else check.remedy))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return int(failed)
+    return int(any(check.ok is False for check in rows))
 
 
 def data_folder() -> Path:
@@ -81,11 +80,12 @@ def data_folder() -> Path:
 
 
 def envs_folder() -> Path | None:
-    """The folder that ``import envs`` finds. The working directory comes first, as it does on Ray's workers."""
+    """What ``import envs`` finds. The working directory comes first, as it does on Ray's workers."""
     spec = PathFinder.find_spec("envs", [str(Path.cwd()), *sys.path]) or util.find_spec("envs")
     if spec is None:
         return None
-    return Path(spec.origin or next(iter(spec.submodule_search_locations or []))).resolve()
+    found = Path(spec.origin or next(iter(spec.submodule_search_locations or []))).resolve()
+    return found.parent if found.name == "__init__.py" else found
 
 
 def _packages() -> Iterator[Check]:
@@ -107,8 +107,8 @@ def _packages() -> Iterator[Check]:
         version, bounds = _version(requirement.name), requirement.specifier
         right = bool(version) and bounds.contains(version, prereleases=True)
         if not right or any(bound.operator in ("<", "<=", "==") for bound in bounds):
-            name, remedy = f"{requirement.name} {bounds}", f"pip install '{requirement}'"
-            yield Check(name, right, version or "not installed", remedy)
+            remedy = f"pip install '{requirement}'"
+            yield Check(f"{requirement.name} {bounds}", right, version or "not installed", remedy)
 
 
 def _version(package: str) -> str:
@@ -122,7 +122,7 @@ def _torch() -> Check:
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken shared library is an OSError, a broken build anything
-        return Check("torch", False, _last_line(str(error)), "reinstall torch for this machine")
+        return Check("devices", False, f"torch: {_last_line(str(error))}", "reinstall torch for this machine")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if not devices and torch.backends.mps.is_available():
         devices = ["MPS"]
@@ -131,15 +131,10 @@ def _torch() -> Check:
 
 
 def _envs() -> Check:
-    own = Path(__file__).resolve().parents[1] / "envs" / "__init__.py"
-    found = envs_folder()
+    own, found = Path(__file__).resolve().parents[1] / "envs", envs_folder()
     if found is None:
         return Check("envs", False, "not found", "reinstall rayft: its package of domains is missing")
-    folder = found.parent if found.name == "__init__.py" else found
-    if found == own:
-        return Check("envs", True, str(folder))
-    remedy = f"{folder} hides rayft's own package {own.parent}: rename it, or start from elsewhere"
-    return Check("envs", False, str(folder), remedy)
+    return Check("envs", found == own, str(found), f"it hides rayft's own {own}: rename it, or start from elsewhere")
 
 
 def _optional(module: str, extra: str) -> Check:
@@ -153,32 +148,26 @@ def _open3d() -> Check:
     present = _optional("open3d", "shapes")
     if not present.ok:
         return present
-    command = [sys.executable, "-P", "-c", IMPORT_OPEN3D]
+    command, remedy = [sys.executable, "-P", "-c", IMPORT_OPEN3D], "pip install --force-reinstall 'rayft[shapes]'"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
-        return Check("open3d", False, "import took more than 120 s", "pip install --force-reinstall open3d")
+        return Check("open3d", False, "import took more than 120 s", remedy)
     if done.returncode == 0:
         return Check("open3d", True, _last_line(done.stdout))
-    why = _last_line(done.stderr) or f"import ended with exit code {done.returncode}"
-    remedy = "pip install libusb-package" if "libusb" in why else "pip install --force-reinstall open3d"
-    return Check("open3d", False, why, remedy)
+    return Check("open3d", False, _last_line(done.stderr) or f"import ended with exit code {done.returncode}", remedy)
 
 
 def _ray_token() -> Check:
     """Ray 2.59 and later start local clusters with a token; every node of a larger one needs the same."""
-    mode = os.environ.get("RAY_AUTH_MODE")
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if mode is not None and mode.lower() != "token":
-        return Check("Ray's token", True, f"off (RAY_AUTH_MODE={mode})")
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return Check("Ray's token", True, "in RAY_AUTH_TOKEN")
+    if mode.lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return Check("Ray's token", True, f"from the environment, RAY_AUTH_MODE={mode}")
     if not token.is_file():
-        return Check(
-            "Ray's token", None, f"no {token} yet", "nothing on one machine; on a cluster ship one file to all"
-        )
-    readable, rights = os.access(token, os.R_OK), token.stat().st_mode & 0o777
-    ok = False if not readable else None if rights & 0o077 else True
+        return Check("Ray's token", None, f"no {token} yet", "for a cluster, make one and copy it to every node")
+    rights = token.stat().st_mode & 0o777
+    ok = os.access(token, os.R_OK) and (not rights & 0o077 or None)
     return Check("Ray's token", ok, f"{token}, mode {rights:o}", f"make it yours alone: chmod 600 {token}")
 
 
@@ -195,21 +184,15 @@ def _ray_ports() -> Check:
     return Check("Ray's ports", None if taken else True, found, "a Ray may run here already: see `ray status`")
 
 
-def _shared_memory() -> Iterator[Check]:
-    shm = Path("/dev/shm")
-    if shm.is_dir():
-        size = shutil.disk_usage(shm).total / GIB
-        remedy = "Ray's object store falls back to the disk: give the container more (docker run --shm-size=4g)"
-        yield Check("/dev/shm", True if size >= 2 else None, f"{size:.1f} GiB", remedy)
-
-
 def _folder(name: str, folder: Path, need: int, remedy: str) -> Check:
-    """Can be made and written where it would be, with ``need`` bytes free."""
+    """Can be made and written, with ``need`` bytes free. Tried out: permission bits do not stop root, a mount does."""
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Check(name, False, f"{folder}: {there} is not a folder that can be written", remedy)
-    free = shutil.disk_usage(there).free
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        return Check(name, False, f"{folder}: {there} cannot be written ({error.strerror})", remedy)
     return Check(name, free >= need, f"{folder}, {free / GIB:.1f} GiB free", remedy)
 
 

@@ -83,7 +83,7 @@ class _Batch:
 
     def observation(self) -> Arrays:
         """{x_t, t, context}, chains first in every array; without ``context`` where the domain has none."""
-        return {"x_t": self.x.numpy().copy(), "t": np.full(len(self.x), self.t), **self.context_seen}
+        return {"x_t": self.x.numpy(), "t": np.full(len(self.x), self.t), **self.context_seen}
 
     def _arrive(self, x: Tensor, t: int) -> Arrays:
         self.x, self.t = x, t
@@ -222,14 +222,14 @@ class FlatVectorObservation(gym.vector.VectorObservationWrapper):
         return _flat(self.env.single_observation_space, observations, (self.num_envs,))
 
 
-def make(domain: Any, *, flat: bool = False, render_mode: None = None, **told: Any) -> gym.Env[Any, np.ndarray]:
+def make(domain: Any, *, flat: bool = False, render_mode: str | None = None, **told: Any) -> gym.Env[Any, np.ndarray]:
     """``DenoisingEnv`` from names, as ``named`` takes them; ``gym.make("rayft/Toy-v0", **told)`` ends here."""
     env = DenoisingEnv(*_found(domain, render_mode, told))
     return FlatObservation(env) if flat else env
 
 
 def make_vector(
-    num_envs: int = 1, *, domain: Any, flat: bool = False, render_mode: None = None, **told: Any
+    num_envs: int = 1, *, domain: Any, flat: bool = False, render_mode: str | None = None, **told: Any
 ) -> gym.vector.VectorEnv[Any, np.ndarray, np.ndarray]:
     """``DenoisingVectorEnv`` from names; ``gym.make_vec("rayft/Toy-v0", num_envs, **told)`` ends here."""
     env = DenoisingVectorEnv(num_envs, *_found(domain, render_mode, told))
@@ -308,8 +308,8 @@ def _call(reward: Reward, samples: list[Any]) -> np.ndarray:
     return np.concatenate([_call(reward, [sample]) for sample in samples])
 
 
-# Gymnasium reads no entry points since 1.0: a process knows ``rayft/Toy-v0`` once it has imported this module, or it asks
-# for ``rayft.env:rayft/Toy-v0`` (as an RLlib configuration with remote runners must).
+# Gymnasium reads no entry points since 1.0, so a process knows ``rayft/Toy-v0`` once it has imported this module.
+# Where it has not, as in RLlib's remote runners, the name ``rayft.env:rayft/Toy-v0`` does both.
 if not any(spec.namespace == "rayft" for spec in gym.registry.values()):
     with namespace("rayft"):
         register_envs()

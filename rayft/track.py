@@ -6,20 +6,20 @@ its first row, and its first failure is one warning, then silence.
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import time
-import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from rayft.settings import STRICT
 
-Backend = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]  # log and close
+Backend = tuple[Callable[[int, dict[str, float]], Any], Callable[[], Any]]  # log and close
 
 
 @dataclass(frozen=True)
@@ -43,43 +43,39 @@ class Tracker(Protocol):
 
 def open_trackers(spec: TrackSettings, run: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """Those that ``spec`` names. A missing package is a ``ValueError`` now; everything else waits for the first row."""
-    for package, function in (("wandb", "init"), ("mlflow", "MlflowClient")):
-        if getattr(spec, package) and not hasattr(_imported(package), function):  # W&B's own folder wandb/ imports too
+    for package in ("wandb", "mlflow"):
+        if getattr(spec, package) and not getattr(find_spec(package), "origin", None):  # a mere folder has no origin
             raise ValueError(f"track.{package} needs a package that is not installed: pip install rayft[{package}]")
-    backends = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-    told = {name: getattr(spec, name) for name in backends}
-    return [Guarded(name, backends[name], (where, run, config)) for name, where in told.items() if where]
+    known = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+    told = {name: getattr(spec, name) for name in known}
+    return [Guarded(name, partial(known[name], where, run, config)) for name, where in told.items() if where]
 
 
 class Guarded:
     """A tracker that is told finite numbers only, and nothing more after a failure."""
 
-    def __init__(self, name: str, opens: Callable[..., Backend], told: tuple[Any, Path, Mapping[str, Any]]) -> None:
-        self.name, self.opens, self.told = name, opens, told
+    def __init__(self, name: str, opens: Callable[[int], Backend]) -> None:
+        self.name, self.opens, self.failed = name, opens, False
         self.backend: Backend | None = None
-        self.failed = False
 
     def log(self, iteration: int, row: Mapping[str, float]) -> None:
-        if not self.failed:
-            self._try(lambda: self._log(iteration, {k: float(v) for k, v in row.items() if math.isfinite(v)}))
+        with self._quiet():
+            if not self.failed:
+                self.backend = self.backend or self.opens(iteration)
+                self.backend[0](iteration, {k: float(v) for k, v in row.items() if math.isfinite(v)})
 
     def close(self) -> None:
-        if self.backend:
-            self._try(self.backend[1])
-        self.backend = None
+        with self._quiet():
+            if self.backend:
+                self.backend[1]()
 
-    def _log(self, iteration: int, row: Mapping[str, float]) -> None:
-        self.backend = self.backend or self.opens(*self.told, iteration)
-        self.backend[0](iteration, row)
-
-    def _try(self, call: Callable[[], None]) -> None:
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
         try:
-            call()
+            yield
         except Exception as error:
-            self.failed = True
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            told = f"{self.name} failed ({why}) and is told nothing more; metrics.csv holds every row"
-            warnings.warn(told, RuntimeWarning, stacklevel=3)
+            self.failed, why = True, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            warnings.warn(f"{self.name} is told nothing more, metrics.csv is: {why}", RuntimeWarning, stacklevel=4)
 
 
 def _tensorboard(_: bool, run: Path, config: Mapping[str, Any], first: int) -> Backend:
@@ -87,10 +83,10 @@ def _tensorboard(_: bool, run: Path, config: Mapping[str, Any], first: int) -> B
     from tensorboardX import SummaryWriter
 
     parts = len(list((run / "tensorboard").glob("events.out.tfevents.*")))
-    purge, suffix = first if parts else None, f".{parts:04d}"  # two parts of one second would share a name
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge, filename_suffix=suffix)
+    suffix = f".{parts:04d}"  # two parts of one second would share a name
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=first if parts else None, filename_suffix=suffix)
 
-    def log(iteration: int, row: Mapping[str, float]) -> None:
+    def log(iteration: int, row: dict[str, float]) -> None:
         for name, value in row.items():
             writer.add_scalar(name, value, iteration)
         writer.flush()  # a killed run must not lose rows that its resume will not repeat
@@ -102,46 +98,34 @@ def _wandb(project: str, run: Path, config: Mapping[str, Any], first: int) -> Ba
     """One run there per run folder. Steps only rise at W&B: of a row that a resume repeats, the first stays."""
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds; its own default is 90
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # its own waits for ever; `wandb sync` uploads the rest
-    ident, told = _remembered(run, "wandb", lambda: uuid.uuid4().hex[:8]), {"dir": str(run), "config": dict(config)}
-    there = _imported("wandb").init(project=project, id=ident, name=run.name, resume="allow", reinit="create_new", **told)
-    return lambda iteration, row: there.log(dict(row), step=iteration), there.finish
+    import wandb
+
+    path = run / ".wandb_id"
+    ident = path.read_text() if path.is_file() else os.urandom(4).hex()
+    path.write_text(ident)
+    told = {"project": project, "name": run.name, "dir": str(run), "config": dict(config), "reinit": "create_new"}
+    there = wandb.init(id=ident, resume="allow", **told)
+    return lambda iteration, row: there.log(row, step=iteration), there.finish
 
 
 def _mlflow(uri: str, run: Path, config: Mapping[str, Any], first: int) -> Backend:
     """One run there per run folder, in the experiment rayft. A row that a resume repeats is not logged again."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 hold a run up for minutes
-    mlflow = _imported("mlflow")
-    client = mlflow.MlflowClient(tracking_uri=uri)
+    import mlflow
 
-    def create() -> str:
-        found = client.get_experiment_by_name("rayft")
-        experiment = found.experiment_id if found else client.create_experiment("rayft")
-        ident = client.create_run(experiment, run_name=run.name).info.run_id
-        client.log_batch(ident, params=[mlflow.entities.Param(k, str(v)[:500]) for k, v in config.items()])
-        return ident
-
-    ident = _remembered(run, "mlflow", create)
-    last = client.get_run(ident).data.metrics.get("iteration", -math.inf)
-    client.update_run(ident, status="RUNNING")
-
-    def log(iteration: int, row: Mapping[str, float]) -> None:
-        now, told = int(time.time() * 1000), {**row, "iteration": iteration}
-        if iteration > last:
-            client.log_batch(ident, [mlflow.entities.Metric(k, v, now, iteration) for k, v in told.items()])
-
-    return log, lambda: client.set_terminated(ident)
-
-
-def _imported(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        return None
-
-
-def _remembered(run: Path, name: str, make: Callable[[], str]) -> str:
-    """The run's name at a tracker, made once and kept in the run folder."""
-    path = run / f".{name}_id"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment("rayft")
+    path = run / ".mlflow_id"
+    there = mlflow.start_run(path.read_text() if path.is_file() else None, run_name=run.name, nested=True)
+    ident, last = there.info.run_id, there.data.metrics.get("iteration", -math.inf)
     if not path.is_file():
-        path.write_text(make())
-    return path.read_text()
+        sections = {k: v if isinstance(v, Mapping) else {"": v} for k, v in config.items()}
+        flat = {f"{section}.{k}".strip("."): v for section, told in sections.items() for k, v in told.items()}
+        mlflow.log_params({key: str(value)[:500] for key, value in flat.items()})
+        path.write_text(ident)
+
+    def log(iteration: int, row: dict[str, float]) -> None:
+        if iteration > last:
+            mlflow.log_metrics({**row, "iteration": iteration}, step=iteration, run_id=ident)
+
+    return log, mlflow.end_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,6 @@ def ray_session() -> Iterator[None]:
     """A real local Ray with four logical CPUs."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR")
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

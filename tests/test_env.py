@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,22 +41,23 @@ class Tiny(nn.Module):
         super().__init__()
         self.layer = nn.Linear(7, 6)
         with torch.no_grad():
-            self.layer.weight.copy_(torch.linspace(-0.5, 0.5, 42).sin().reshape(6, 7))
+            self.layer.weight.copy_(torch.linspace(-0.5, 0.5, 42).reshape(6, 7))
+            self.layer.bias.zero_()
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         told = torch.cat([x.flatten(1), t.to(x.dtype).unsqueeze(1) / 30], 1)
         return self.layer(told).reshape(x.shape)
 
 
-def mean_of_each(samples: list[np.ndarray]) -> list[float]:
+def mean_of_each(samples: Sequence[np.ndarray]) -> list[float]:
     return [float(sample.mean()) for sample in samples]
 
 
-def raises(samples: list[Any]) -> list[float]:
+def raises(samples: Sequence[Any]) -> list[float]:
     raise RuntimeError("no licence")
 
 
-def fails_left_of_zero(samples: list[np.ndarray]) -> list[float]:
+def fails_left_of_zero(samples: Sequence[np.ndarray]) -> list[float]:
     if any(sample[0] < 0 for sample in samples):
         raise RuntimeError("left of zero")
     return [1.0 for _ in samples]
@@ -90,10 +92,11 @@ def twin(name: str) -> Twin:
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.mul_(1.02).add_(0.01)
-    policies = [Policy(net, process, domain.space, net.prediction) for net in (moved, reference)]
+    prediction: Any = reference.prediction
+    current, pretrained = (Policy(net, process, domain.space, prediction) for net in (moved, reference))
     chosen = told.get("reward", next(iter(domain.rewards), None))
     pool = RewardPool((chosen, {}, domain.rewards, domain.decoder, None))
-    return Twin(told, Bench(domain, *policies, torch.device("cpu"), torch.float32), pool)
+    return Twin(told, Bench(domain, current, pretrained, torch.device("cpu"), torch.float32), pool)
 
 
 def close(found: Any, expected: Any) -> None:
@@ -195,7 +198,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def test_seeds_address_chains_and_no_seed_goes_on_with_new_ones():
-    env = make_vector(2, domain="toy")
+    env: Any = make_vector(2, domain="toy")
     first = env.reset(seed=3)[0]["x_t"]
     np.testing.assert_array_equal(env.reset(seed=[3, 4])[0]["x_t"], first)
     assert (env.reset()[0]["x_t"] != first).all()
@@ -214,10 +217,10 @@ UNBOUNDED = (  # a Gaussian's support is everything, so these hints of check_env
 def test_gymnasium_finds_nothing_to_complain_of_but_that_gaussians_are_unbounded(name: str, flat: bool):
     told = {**twin(name).told, "num_steps": 3, "flat": flat}
     gym.register(f"rayft/{name}{flat}-v0", "rayft.env:make", kwargs=told, vector_entry_point="rayft.env:make_vector")
-    env = gym.make(f"rayft/{name}{flat}-v0", disable_env_checker=True).env  # without OrderEnforcing
+    env: Any = gym.make(f"rayft/{name}{flat}-v0", disable_env_checker=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_env(env)
+        check_env(env.env)  # as it is without gym.make's OrderEnforcing
         gym.make_vec(f"rayft/{name}{flat}-v0", num_envs=2)
     allowed = (*UNBOUNDED, "is different from the unwrapped version") if flat else UNBOUNDED
     complaints = [str(w.message) for w in caught if not any(hint in str(w.message) for hint in allowed)]
@@ -239,16 +242,17 @@ def test_the_flat_observation_holds_the_same_numbers(name: str):
 
 
 def test_what_an_action_says_of_padding_and_drift_is_dropped():
-    env = make("toy_masked")
-    seen, info = env.reset(seed=0, options={"context": {"mask": np.array([1, 1, 0, 0]), "class": 0}})
-    seen, _, _, _, off = env.step(info["next_mean"] + 5 * np.array([1.0, 1.0, 0.0]) + [[0, 0, 0]] * 2 + [[9, 9, 9]] * 2)
+    env, two = make("toy_masked"), {"context": {"mask": np.array([1, 1, 0, 0]), "class": 0}}
+    drift, padding = 5 * np.array([1, 1, 0]), np.array([0, 0, 9, 9])[:, None]
+    info = env.reset(seed=0, options=two)[1]
+    seen, _, _, _, off = env.step(info["next_mean"] + drift + padding)
     close(seen["x_t"], info["next_mean"])
-    env.reset(seed=0, options={"context": {"mask": np.array([1, 1, 0, 0]), "class": 0}})
+    env.reset(seed=0, options=two)
     close(off["log_prob"], env.step(info["next_mean"])[4]["log_prob"])
 
 
 def test_the_observation_and_the_action_belong_to_the_caller():
-    env = make("toy")
+    env: Any = make("toy")
     seen, info = env.reset(seed=0)
     expected = env.batch.reference.mean_at(torch.tensor(seen["x_t"])[None], 50, {})
     action = info["next_mean"].copy()
@@ -305,7 +309,7 @@ def test_one_more_step_starts_new_chains_in_the_batch_and_is_refused_in_the_sing
         (lambda: make("toy").reset(options={"xT": 0}), "no option 'xT'"),
         (lambda: make("toy").reset(options={"x_T": np.zeros(3)}), r"x_T has the shape \[1, 3\].*must be \[1, 2\]"),
         (lambda: make("toy_masked").reset(options={"context": {"mask": np.ones(4)}}), "this domain's are class, mask"),
-        (lambda: make_vector(2, domain="toy").reset(seed=[1]), "1 seeds for 2 chains"),
+        (lambda: DenoisingVectorEnv(2, *named("toy")).reset(seed=[1]), "1 seeds for 2 chains"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(call: Any, sentence: str):
@@ -387,5 +391,5 @@ def test_an_environment_of_ours_in_a_config_means_its_domain():
 
 def test_the_classes_take_objects_for_those_who_have_them():
     domain, reward, process = named("toy", num_steps=7)
-    assert DenoisingEnv(domain, reward, process).observation_space["t"].n == 8
-    assert DenoisingVectorEnv(2, domain, reward).single_observation_space["t"].n == 51
+    single, vector = DenoisingEnv(domain, reward, process), DenoisingVectorEnv(2, domain, reward)
+    assert (single.reset()[0]["t"], vector.reset()[0]["t"].tolist()) == (7, [50, 50])
