@@ -8,5 +8,9 @@ def register_envs() -> None:
     from gymnasium.envs.registration import register
 
     for name, domain in (("Toy", "toy"), ("ToyMasked", "toy_masked")):
-        entries = {"entry_point": "rayft.env:make", "vector_entry_point": "rayft.env:make_vector"}
-        register(f"{name}-v0", kwargs={"domain": domain}, **entries)
+        register(
+            f"{name}-v0",
+            entry_point="rayft.env:make",
+            vector_entry_point="rayft.env:make_vector",
+            kwargs={"domain": domain},
+        )

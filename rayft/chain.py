@@ -26,7 +26,7 @@ Network = Callable[[Tensor, Tensor, Context], Tensor]
 
 @dataclass(frozen=True)
 class Process:
-    """Coefficients of q(x_prev | x_t, x_0) = N(from_x0[t] x_0 + from_xt[t] x_t, sigma[t]^2), indexed by t; row 0 unused."""
+    """q(x_prev | x_t, x_0) = N(from_x0[t] x_0 + from_xt[t] x_t, sigma[t]^2). Indexed by t; row 0 is not used."""
 
     schedule: Schedule
     from_x0: Float[Tensor, " T_plus_1"]
@@ -42,6 +42,10 @@ class Process:
         """(keep, gain) of the mean and of x0_hat, both linear in x_t and in the network's output."""
         ab = self.schedule.alpha_bar
         if prediction == "eps":
+            if ab[-1] <= 0:
+                raise ValueError(
+                    "alpha_bar is 0 at T, where predicted noise says nothing of x_0; use an x0 or v network"
+                )
             keep, gain = 1 / ab.sqrt(), -((1 - ab) / ab).sqrt()
         elif prediction == "x0":
             keep, gain = torch.zeros_like(ab), torch.ones_like(ab)
@@ -57,8 +61,8 @@ class Process:
         return -self.linear_in("eps")[1]
 
 
-def reverse_process(schedule: Schedule, sigma: str = "beta", eta: float = 1.0) -> Process:
-    """Reverse transitions with noise ``sigma_t^2 = beta_t`` or ``eta^2 gamma_t`` (DDIM's mean for eta < 1).
+def reverse_process(schedule: Schedule, sigma: str = "beta", eta: float = 1.0, num_steps: int | None = None) -> Process:
+    """Reverse transitions with noise ``sigma_t^2 = beta_t`` or ``eta^2 gamma_t`` (DDIM's mean for eta < 1), respaced.
 
     Where ``gamma_1 = 0``, sigma_1 = sigma_2 in sampler, density and KL alike: no step is sampled without noise and
     scored with it.
@@ -69,6 +73,8 @@ def reverse_process(schedule: Schedule, sigma: str = "beta", eta: float = 1.0) -
         raise ValueError(f"eta is {eta}; a chain with a density needs 0 < eta <= 1 (at eta = 0 its KL is undefined)")
     if sigma == "beta" and eta != 1:
         raise ValueError(f"eta is {eta} with sigma 'beta'; DDIM's eta scales gamma_t, so set sigma to 'gamma'")
+    if num_steps is not None:
+        schedule = schedule.respace(num_steps)
     ab, ab_prev = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
     beta = 1 - ab / ab_prev
     variance = eta**2 * beta * (1 - ab_prev) / (1 - ab)
@@ -111,7 +117,7 @@ class Policy:
         tables = [*process.linear_in(prediction), process.sigma]
         self._cpu = torch.stack(tables)
         self._rows: list[list[float]] = self._cpu.T.tolist()
-        self._tables: dict[torch.device, Tensor] = {}
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _output(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
         timestep = self._on(x_t.device)[1][t]
@@ -138,7 +144,7 @@ class Policy:
         return torch.add(x_t * keep, self._output(x_t, t, context), alpha=gain)
 
     def x0_hat(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
-        """E[x_0 | x_t] as the network sees it (Tweedie); at t = 0 the event itself, without calling the network."""
+        """E[x_0 | x_t] as the network sees it (Tweedie); at t = 0, where it was never trained, the event itself."""
         keep, gain = self._on(x_t.device)[0][2:4, t.clamp(min=1)]
         x_0 = expand(keep, x_t) * x_t + expand(gain, x_t) * self._output(x_t, t.clamp(min=1), context)
         return torch.where(expand((t == 0).to(x_t.dtype), x_t).bool(), x_t, x_0)
@@ -156,14 +162,14 @@ class Policy:
         return squared_norm(mean - mean_ref) / (2 * self.sigma(t).to(mean.dtype) ** 2)
 
     def noise(self, like: Tensor, context: Context, generator: torch.Generator) -> Tensor:
-        """Standard normal in the space."""
-        drawn = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-        return self.space.project(drawn, context)
+        """Standard normal in the space, drawn on the CPU: the same numbers for every device."""
+        drawn = torch.randn(like.shape, dtype=like.dtype, generator=generator)
+        return self.space.project(drawn.to(like.device, non_blocking=True), context)
 
 
 def log_normal(space: Space, x: Tensor, mean: Tensor, sigma: Tensor | float, context: Context) -> Tensor:
     """log N(x; mean, sigma^2 P) summed over the event's axes."""
-    log_sigma = math.log(sigma) if isinstance(sigma, float) else sigma.log()
+    log_sigma = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
     constant = space.dim(mean, context) * (log_sigma + 0.5 * math.log(2 * math.pi))
     return -squared_norm(space.project(x - mean, context)) / (2 * sigma**2) - constant
 

@@ -35,32 +35,30 @@ def run(told: argparse.Namespace) -> int:
     if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
         told.resume, told.file = told.file, None
     spec = None if told.file is None else specs.read(told.file, told.overrides)
-    if spec is None and not isinstance(told.resume, str):
-        raise ValueError("nothing to run: give a YAML, a Python file with a spec, or the name of a shipped config")
-    if told.dry_run and spec is not None:
+    folder = _folder_to_resume(told.resume, spec)
+    if spec is None:
+        if folder is None:
+            raise ValueError("nothing to run: give a YAML, a Python file with a spec, or the name of a shipped config")
+        spec = specs.open_folder(folder)
+    if told.dry_run:
         from rayft.plan import plan
 
         print(plan(spec))
         return 0
-    return _run(told, spec)
+    spec.checked()
+    return _run(told, spec, folder)
 
 
-def _run(told: argparse.Namespace, spec: Any) -> int:
-    if spec is not None:
-        spec.checked()
+def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
     from rayft import display, loop
 
-    folder = _folder_to_resume(told, spec)
-    if folder is None:
-        folder = loop.create_folder(spec)
-    elif spec is None:
-        spec = loop.open_folder(folder)
-        spec.checked()
+    fresh = folder is None
+    folder = loop.create_folder(spec) if folder is None else folder
     view = display.choose(told.quiet)
     try:
         _start_ray(told.address)
         run = loop.Run(spec, folder, view, trust=told.trust)
-        row = run.execute(resume=told.resume is not None)
+        row = run.execute(resume=not fresh)
     finally:
         view.close()
     print(f"report: {folder / 'report.html'}", file=sys.stderr)
@@ -71,11 +69,11 @@ def _run(told: argparse.Namespace, spec: Any) -> int:
     return 0
 
 
-def _folder_to_resume(told: argparse.Namespace, spec: Any) -> Path | None:
-    if told.resume is None:
+def _folder_to_resume(resume: Any, spec: Any) -> Path | None:
+    if resume is None or (spec is None and not isinstance(resume, str)):
         return None
-    if isinstance(told.resume, str):
-        return Path(told.resume)
+    if isinstance(resume, str):
+        return Path(resume)
     found = [p for p in Path(spec.output).glob(f"{spec.name}*") if (p / "config.yaml").is_file()]
     if not found:
         raise ValueError(f"nothing to resume: no run named {spec.name!r} in {spec.output}; start it without --resume")
@@ -90,7 +88,7 @@ def _start_ray(address: str | None) -> None:
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not ray.is_initialized():
-        ray.init(address=address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def evaluate(told: argparse.Namespace) -> int:
@@ -115,7 +113,7 @@ def sample(told: argparse.Namespace) -> int:
 
     columns = sampled(store.load(Path(told.checkpoint)), told.num, told.seed, told.score)
     out = _writable(Path(told.out))
-    np.savez_compressed(out, **columns)
+    np.savez_compressed(out, allow_pickle=False, **columns)
     print(f"{told.num} samples in {out}: {', '.join(columns)}")
     return 0
 
@@ -132,10 +130,10 @@ def export(told: argparse.Namespace) -> int:
 
 def report(told: argparse.Namespace) -> int:
     """Write a run's report again from its files."""
-    from rayft import loop
     from rayft import report as reports
+    from rayft import spec
 
-    config = loop.open_folder(Path(told.run)).checked()
+    config = spec.open_folder(Path(told.run)).checked()
     print(reports.write(Path(told.run), config.build_domain(), config.evaluation_alpha()))
     return 0
 

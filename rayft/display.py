@@ -1,8 +1,9 @@
-"""What a user sees of a run: a live line in a terminal, JSON lines elsewhere, nothing when quiet; a table at the end."""
+"""What a user sees of a run: a live line in a terminal, JSON lines elsewhere, events when quiet; a table at the end."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +49,8 @@ class JsonLines:
     """One JSON object per iteration and per event, on standard output."""
 
     def row(self, row: Mapping[str, float], total: int) -> None:
-        print(json.dumps({**row, "iterations": total}), flush=True)
+        told = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        print(json.dumps({**told, "iterations": total}), flush=True)
 
     def event(self, text: str) -> None:
         print(json.dumps({"event": text}), flush=True)

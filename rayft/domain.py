@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rayft import imports
+from rayft.chain import Prediction
 from rayft.schedule import NAMED, Schedule, from_betas
 from rayft.space import Context, FullSpace, Space
 
@@ -26,7 +27,7 @@ from rayft.space import Context, FullSpace, Space
 class Denoiser(nn.Module, ABC):
     """A network that predicts noise, x_0 or v. ``timestep`` counts 1..T of the schedule it was trained on."""
 
-    prediction: str = "eps"
+    prediction: Prediction = "eps"
 
     @abstractmethod
     def forward(self, x_t: Float[Tensor, "batch *event"], timestep: Int[Tensor, " batch"], context: Context) -> Tensor:
@@ -73,7 +74,7 @@ class Domain(ABC):
 class PlainDenoiser(Denoiser):
     """A user's own ``net(x, t)`` as a Denoiser; its state dict stays the user's."""
 
-    def __init__(self, net: nn.Module, prediction: str = "eps", first_timestep: int = 0) -> None:
+    def __init__(self, net: nn.Module, prediction: Prediction = "eps", first_timestep: int = 0) -> None:
         super().__init__()
         self.net, self.prediction, self.shift = net, prediction, 1 - first_timestep
 
@@ -97,28 +98,36 @@ class Plain(Domain):
         event_shape: list[int],
         betas: list[float] | dict[str, Any],
         weights: str | None = None,
-        prediction: str = "eps",
+        prediction: Prediction = "eps",
         first_timestep: int = 0,
         network_arguments: dict[str, Any] | None = None,
     ) -> None:
+        if not event_shape or not all(isinstance(size, int) and size > 0 for size in event_shape):
+            raise ValueError(f"event_shape is {event_shape!r}; give the shape of one event, for example [1, 28, 28]")
+        if first_timestep not in (0, 1):
+            raise ValueError(f"first_timestep is {first_timestep!r}; the network counts from 0 or from 1")
+        self.prediction: Prediction = prediction
         self.network, self.weights, self.arguments = network, weights, network_arguments or {}
         self.event_shape, self.betas = tuple(event_shape), betas
-        self.prediction, self.first_timestep = prediction, first_timestep
+        self.first_timestep = first_timestep
 
     def schedule(self) -> Schedule:
         if not isinstance(self.betas, dict):
-            return from_betas(torch.tensor(self.betas, dtype=torch.float64))
+            try:
+                return from_betas(torch.tensor(self.betas, dtype=torch.float64))
+            except (TypeError, RuntimeError):
+                raise ValueError(f"betas is {self.betas!r}; give numbers, or {{name: {' | '.join(NAMED)}}}") from None
         arguments = dict(self.betas)
         name = arguments.pop("name", "linear")
         if name not in NAMED:
             raise ValueError(f"no schedule {name!r}{imports.nearest(name, NAMED)}; choose {', '.join(NAMED)}")
-        imports.check_arguments(NAMED[name], arguments, f"schedule {name!r}")
-        return NAMED[name](**arguments)
+        return imports.construct(NAMED[name], arguments, f"schedule {name!r}")
 
     def denoiser(self) -> Denoiser:
         factory = imports.load(self.network) if isinstance(self.network, str) else self.network
-        imports.check_arguments(factory, self.arguments, str(self.network))
-        net = factory(**self.arguments)
+        if not callable(factory):
+            raise ValueError(f"{self.network} is {type(factory).__name__}; a network is a torch.nn.Module net(x, t)")
+        net = imports.construct(factory, self.arguments, str(self.network))
         if not isinstance(net, nn.Module):
             raise ValueError(f"{self.network} gives {type(net).__name__}; a network is a torch.nn.Module net(x, t)")
         if self.weights is not None:
@@ -126,8 +135,33 @@ class Plain(Domain):
         return PlainDenoiser(net, self.prediction, self.first_timestep)
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
+def pretrained(domain: Domain) -> Denoiser:
+    """The domain's network, alike in every process even where it is not trained yet."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return domain.denoiser().eval()
+
+
+def try_out(domain: Domain) -> None:
+    """Builds the network and calls it once, at both ends of the chain: what only that shows is known before a run."""
+    net, space = pretrained(domain), domain.space
+    if net.prediction not in get_args(Prediction):
+        raise ValueError(f"prediction is {net.prediction!r}; a network predicts {', '.join(get_args(Prediction))}")
+    context = domain.context(2, torch.Generator().manual_seed(0))
+    x_t = space.project(torch.zeros(2, *domain.event_shape), context)
+    try:
+        with torch.no_grad():
+            out = net(x_t, domain.schedule().timestep[[1, -1]], context)
+    except Exception as error:
+        raise ValueError(f"the network fails on x_t of shape {tuple(x_t.shape)}: {imports.reason(error)}") from error
+    if not isinstance(out, Tensor) or out.shape != x_t.shape:
+        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"the network gives {given} for x_t of shape {tuple(x_t.shape)}; it should keep the shape")
+
+
+def load_weights(net: nn.Module, path: str | Path) -> None:
     """A state dict from ``.safetensors`` or ``.pt``, never unpickling anything but tensors."""
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights at {path}; give a .safetensors or .pt state dict")
     try:
@@ -137,10 +171,23 @@ def load_weights(net: nn.Module, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(state)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"{path} does not fit {type(net).__name__} or is damaged: {reason}") from None
+    except Exception:  # a damaged file fails in many ways, and torch's words for one with code in it advise to run it
+        raise ValueError(f"{path} is damaged or more than tensors; write it with torch.save(net.state_dict(), ...)") from None
+    fit(net, state, str(path))
+
+
+def fit(net: nn.Module, state: Any, source: str) -> None:
+    """Puts a state dict into a network, or names the first entry that is not as the network has it."""
+    own, given = _shapes(net.state_dict()), _shapes(state if isinstance(state, Mapping) else {"": state})
+    for key in [*own, *given]:
+        if own.get(key) != given.get(key):
+            has, needs = given.get(key, "missing"), own.get(key, "absent")
+            raise ValueError(f"{source} does not fit {type(net).__name__}: {key!r} is {has}, it should be {needs}")
+    net.load_state_dict(state)
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
 
 
 def builtin() -> dict[str, str]:
@@ -168,5 +215,7 @@ def find(path: Any) -> type[Domain]:
 def build(path: Any, kwargs: Mapping[str, Any]) -> Domain:
     """The domain, with its arguments checked by name first."""
     found = find(path)
-    imports.check_arguments(found, kwargs, f"domain {path if isinstance(path, str) else found.__name__!r}")
-    return found(**kwargs)
+    what = f"domain {path if isinstance(path, str) else found.__name__}"
+    domain = imports.construct(found, kwargs, what)
+    imports.construct(domain.schedule, {}, f"the schedule of {what}")
+    return domain

@@ -27,9 +27,8 @@ class Bench:
     dtype: torch.dtype
 
     def start(self, num_chains: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """x_T and the context of new chains. The context is drawn on the CPU, the same for every device."""
-        local = torch.Generator().manual_seed(generator.initial_seed())
-        context = {k: v.to(self.device) for k, v in self.domain.context(num_chains, local).items()}
+        """x_T and the context of new chains. All draws are made on the CPU, the same for every device."""
+        context = {k: v.to(self.device) for k, v in self.domain.context(num_chains, generator).items()}
         shape = torch.empty(num_chains, *self.domain.event_shape, dtype=self.dtype, device=self.device)
         return self.policy.noise(shape, context, generator), context
 
@@ -68,7 +67,7 @@ def draw_roll_in(bench: Bench, num_chains: int, generator: torch.Generator, sett
     """T Alg. 3: policy down to a random t, pretrained model from there; one transition a chain."""
     x_T, context = bench.start(num_chains, generator)  # noqa: N806
     num_steps = bench.policy.process.num_steps
-    t = torch.randint(1, num_steps + 1, (num_chains,), device=x_T.device, generator=generator)
+    t = torch.randint(1, num_steps + 1, (num_chains,), generator=generator).to(x_T.device)
     chains, x_0 = sample_roll_in(bench.policy, bench.reference, x_T, t, context, generator)
     return Draw(chains, x_0, chains.context)
 
@@ -81,14 +80,13 @@ def draw_payoff(bench: Bench, num_chains: int, generator: torch.Generator, setti
     from the pretrained model.
     """
     process, space = bench.policy.process, bench.policy.space
-    local = torch.Generator().manual_seed(generator.initial_seed())
-    found = bench.domain.data(num_chains, local)
+    found = bench.domain.data(num_chains, generator)
     if found is None:
         x_T, context = bench.start(num_chains, generator)  # noqa: N806
         x_0 = sample(bench.reference, x_T, context, generator).x_0
     else:
         x_0, context = found[0].to(bench.device, bench.dtype), {k: v.to(bench.device) for k, v in found[1].items()}
-    t = torch.randint(1, process.num_steps + 1, (num_chains,), device=x_0.device, generator=generator)
+    t = torch.randint(1, process.num_steps + 1, (num_chains,), generator=generator).to(x_0.device)
     noise = bench.policy.noise(x_0, context, generator)
     x_t = forward_noise(process.schedule, x_0, t, noise)
     x_tilde = posterior_mean(process, x_t, x_0, t)
@@ -117,5 +115,3 @@ def join(draws: list[Draw]) -> Draw:
     x, t = np.concatenate([c.x for c in chains], axis=1), np.concatenate([c.t for c in chains], axis=1)
     scored = {k: np.concatenate([d.context[k] for d in draws]) for k in draws[0].context}
     return Draw(Chains(x, t, context, columns), np.concatenate([d.events for d in draws]), scored)
-
-

@@ -23,7 +23,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from rayft import domain as domains
-from rayft import imports, register_envs
+from rayft import imports, register_envs, score
 from rayft import reward as rewards
 from rayft.chain import Policy, Prediction, Process, reverse_process
 from rayft.domain import Domain
@@ -37,7 +37,7 @@ class _Batch:
 
     def __init__(self, domain: Domain, reward: Reward, process: Process) -> None:
         self.domain, self.reward, self.decode = domain, reward, imports.load(domain.decoder)
-        net = domain.denoiser().requires_grad_(False).eval()
+        net = domains.pretrained(domain).requires_grad_(False)
         self.reference = Policy(net, process, domain.space, cast("Prediction", net.prediction))
         probe = domain.context(1, torch.Generator().manual_seed(0))
         self.context_dtypes = {key: probe[key].dtype for key in sorted(probe)}
@@ -119,7 +119,9 @@ class _Batch:
         found = np.array([sample is not None for sample in samples])
         values = np.full(len(samples), np.nan)
         if found.any():
-            values[found] = _call(self.reward, [sample for sample in samples if sample is not None])
+            values[found], reasons = score.call(self.reward, [sample for sample in samples if sample is not None])
+            for reason in reasons:
+                gym.logger.warn(f"the reward failed, so the event scores as undecodable: {reason}")
         scored = np.isfinite(values)
         values[~scored] = self.reward.undecodable
         return values, {"undecodable": ~found, "failed": found & ~scored}
@@ -250,8 +252,7 @@ def named(
     chosen = next(iter(world.rewards), None) if reward is None else reward
     if chosen is None:
         raise ValueError(f"domain {domain!r} has no reward of its own; give reward='package.module:Name' or a function")
-    schedule = world.schedule()
-    process = reverse_process(schedule if num_steps is None else schedule.respace(num_steps), sigma, eta)
+    process = reverse_process(world.schedule(), sigma, eta, num_steps)
     return world, rewards.build(chosen, reward_arguments or {}, world.rewards), process
 
 
@@ -291,21 +292,6 @@ def _flat_space(space: gym.Space[Any]) -> spaces.Box:
     low = _each({**entries, "t": 0}, lambda part: getattr(part, "low", part))
     high = _each({**entries, "t": entries["t"].n - 1}, lambda part: getattr(part, "high", part))
     return spaces.Box(_flat(space, low, ()), _flat(space, high, ()), dtype=np.float32)
-
-
-def _call(reward: Reward, samples: list[Any]) -> np.ndarray:
-    """One score per sample; where the call fails, one by one, so that NaN marks the samples that made it fail."""
-    try:
-        values = np.array([np.nan if score is None else score for score in reward(samples)], dtype=np.float64)
-        if values.shape == (len(samples),):
-            return values
-        reason = f"it returned {list(values.shape)} for {len(samples)} samples"
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-    if len(samples) == 1:
-        gym.logger.warn(f"the reward failed, so the event scores as undecodable: {reason}")
-        return np.array([np.nan])
-    return np.concatenate([_call(reward, [sample]) for sample in samples])
 
 
 # Gymnasium reads no entry points since 1.0, so a process knows ``rayft/Toy-v0`` once it has imported this module.

@@ -64,6 +64,21 @@ def check_arguments(target: Any, kwargs: Mapping[str, Any], what: str) -> None:
         raise ValueError(f"{what} needs {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} in the YAML")
 
 
+def construct(target: Any, kwargs: Mapping[str, Any], what: str) -> Any:
+    """``target(**kwargs)``; whatever goes wrong in the user's code is a ``ValueError`` that says where."""
+    check_arguments(target, kwargs, what)
+    try:
+        return target(**kwargs)
+    except Exception as error:
+        raise ValueError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An exception in a few words; a ``ValueError`` speaks for itself."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"[:300]
+
+
 def _from_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
@@ -72,6 +87,8 @@ def _from_package(name: str) -> ModuleType:
         if name == missing or name.startswith(missing + "."):
             raise ValueError(f"no module {missing!r}; is it installed, or is the path misspelt?") from None
         raise ValueError(f"{name} needs the module {missing!r}, which is not installed") from None
+    except Exception as error:
+        raise ValueError(f"{name} could not be imported: {type(error).__name__}: {error}") from error
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -20,18 +20,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import ray
 import torch
 import yaml
+from ray.exceptions import RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rayft import report, store
-from rayft.algorithms.base import DiffusionRL
 from rayft.guards import Guard, Trip, watch
-from rayft.spec import RunSpec, parse
+from rayft.spec import RunSpec
 from rayft.table import Table
 from rayft.track import Tracker, open_trackers
-from rayft.verdict import Samples, Verdict
+from rayft.verdict import Verdict
 
 
 class Display(Protocol):
@@ -50,7 +49,7 @@ class Run:
     folder: Path
     display: Display
     trust: bool = False
-    algo: Any = None
+    algo: Any = None  # a DiffusionRL once open
     guards: list[Guard] = field(default_factory=list)
     interrupted: bool = False
     failures: int = 0
@@ -88,7 +87,7 @@ class Run:
 
     def open(self, resume: bool) -> None:
         """Builds the algorithm, from the newest checkpoint where the run is resumed."""
-        self.algo: DiffusionRL = self.spec.checked().build_algo()
+        self.algo = self.spec.checked().build_algo()
         checkpoint = store.newest(self.folder) if resume else None
         if checkpoint is None:
             self.table.truncate(0)
@@ -120,8 +119,8 @@ class Run:
         before = time.monotonic()
         try:
             result = self.algo.train()
-        except (ray.exceptions.RayError, RuntimeError) as error:
-            if not isinstance(error, ray.exceptions.RayError) and self.algo.config.num_learners == 0:
+        except (RayError, RuntimeError) as error:
+            if not isinstance(error, RayError) and self.algo.config.num_learners == 0:
                 raise
             self.replace(error)
             return None
@@ -148,7 +147,9 @@ class Run:
     def row(self, result: Mapping[str, Any], seconds: float) -> dict[str, float]:
         """One line of the table from RLlib's nested result."""
         learner = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
-        flat = {k: result[k] for k in ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl") if k in result}
+        flat = {
+            k: result[k] for k in ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl") if k in result
+        }
         flat |= {k: v for k, v in result.items() if k.startswith(("advantage", "effective", "guard_"))}
         counts, verdict = self.algo.counts, self.algo.verdict
         row = {
@@ -276,19 +277,6 @@ def create_folder(spec: RunSpec) -> Path:
             raise ValueError(f"cannot write to {root} ({error.strerror}); choose another with output=FOLDER") from None
     store.write_text(folder / "config.yaml", yaml.safe_dump(spec.full(), sort_keys=False))
     return folder
-
-
-def open_folder(path: Path) -> RunSpec:
-    """The spec of an existing run."""
-    config = path / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"{path} is not a run: it has no config.yaml; resume with the folder that `rayft run` printed")
-    return parse(yaml.safe_load(config.read_text()))
-
-
-def read_evaluations(folder: Path) -> dict[str, Samples]:
-    """What a finished run keeps of its samples, by file name."""
-    return {path.stem: Samples.load(path) for path in sorted((folder / "evaluations").glob("*.npz"))}
 
 
 def score_of(row: Mapping[str, float]) -> float | None:

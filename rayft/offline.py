@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained
-from rayft.rewards.score import Scorer
+from rayft.score import Scorer
 from rayft.seeds import torch_generator
 from rayft.store import Checkpoint
 from rayft.verdict import Verdict, judge, remember

@@ -46,9 +46,9 @@ def uniform_ball(
     """eps_star uniform in the ball of each row's radius, inside the space: direction times d u^(1/dim)."""
     shifts = []
     for _ in range(num_candidates):
-        drawn = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-        direction = space.project(drawn, context)
-        u = torch.rand(len(like), dtype=like.dtype, device=like.device, generator=generator)
+        drawn = torch.randn(like.shape, dtype=like.dtype, generator=generator)
+        direction = space.project(drawn.to(like.device), context)
+        u = torch.rand(len(like), dtype=like.dtype, generator=generator).to(like.device)
         length = radius.to(like.dtype) * u ** (1 / torch.as_tensor(space.dim(like, context), dtype=like.dtype))
         shifts.append(direction * expand(length / squared_norm(direction).sqrt().clamp(min=1e-30), like))
     return torch.stack(shifts)

@@ -6,7 +6,7 @@ import math
 
 import yaml
 
-from rayft.rl.module import process_of
+from rayft.chain import reverse_process
 from rayft.spec import RunSpec
 
 
@@ -15,7 +15,7 @@ def plan(spec: RunSpec) -> str:
     config = spec.checked()
     chain, settings = config.section("chain"), config.settings()
     domain = config.build_domain()
-    steps = process_of(domain, chain.num_steps, chain.sigma, chain.eta).num_steps
+    steps = reverse_process(domain.schedule(), chain.sigma, chain.eta, chain.num_steps).num_steps
     weights = sum(p.numel() for p in domain.denoiser().parameters())
     width = 8 if settings.precision == "float64" else 4
     event = math.prod(domain.event_shape) * width

@@ -1,6 +1,6 @@
 """Rewards: a score of finished samples, as a user writes it. numpy only, so that a scoring process stays small.
 
-    r : x_0 -> R,    NaN = the call failed (never 0);  an undecodable event is no failure: it has the value ``undecodable``
+r : x_0 -> R,    NaN = the call failed (never 0);  an undecodable event is no failure: it has the value ``undecodable``
 """
 
 from __future__ import annotations
@@ -60,10 +60,12 @@ def check(path: Any, kwargs: Mapping[str, Any], short_names: Mapping[str, str] |
     """Refuses what is not a reward, or arguments it does not take, without building it."""
     found = target(path, short_names)
     if inspect.isclass(found):
-        if not callable(getattr(found, "__call__", None)) or "__call__" not in dir(found):
+        if not any("__call__" in vars(base) for base in found.__mro__):
             raise ValueError(f"{path} is a class without __call__(samples); a reward is called with a list of samples")
         if inspect.isabstract(found):
-            raise ValueError(f"{path} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}")
+            raise ValueError(
+                f"{path} is abstract: it lacks {', '.join(sorted(getattr(found, '__abstractmethods__', ())))}"
+            )
         imports.check_arguments(found, kwargs, str(path))
     elif not callable(found):
         raise ValueError(f"{path} is {type(found).__name__}, not a Reward: give a class, or a function f(samples)")
@@ -75,7 +77,7 @@ def build(path: Any, kwargs: Mapping[str, Any], short_names: Mapping[str, str] |
     """The reward, ready to be called."""
     check(path, kwargs, short_names)
     found = target(path, short_names)
-    reward = found(**kwargs) if inspect.isclass(found) else found
+    reward: Any = imports.construct(found, kwargs, f"reward {path}") if inspect.isclass(found) else found
     return reward if isinstance(reward, Reward) else FunctionReward(reward, getattr(reward, "undecodable", 0.0))
 
 

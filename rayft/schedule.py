@@ -1,6 +1,6 @@
 """Noise schedules: how much signal is left at each timestep.
 
-    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I),    t = 0 .. T
+q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I),    t = 0 .. T
 """
 
 from __future__ import annotations

@@ -19,11 +19,9 @@ def address(seed: int, iteration: int, purpose: str, index: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def torch_generator(
-    seed: int, iteration: int, purpose: str, index: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """The torch generator at this address."""
-    return torch.Generator(device=device).manual_seed(address(seed, iteration, purpose, index))
+def torch_generator(seed: int, iteration: int, purpose: str, index: int = 0) -> torch.Generator:
+    """The torch generator at this address, on the CPU: what is drawn does not depend on where it is used."""
+    return torch.Generator().manual_seed(address(seed, iteration, purpose, index))
 
 
 def numpy_generator(seed: int, iteration: int, purpose: str, index: int = 0) -> np.random.Generator:

@@ -12,23 +12,32 @@ import textwrap
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from rayft.imports import nearest
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads yes, no, on and off as these, and Python counts with them
+        raise PydanticCustomError("number", "a number")
+    return value
+
+
+NUMBER = BeforeValidator(_no_switch)
+Positive = Annotated[float, NUMBER, Field(gt=0)]
+NonNegative = Annotated[float, NUMBER, Field(ge=0)]
+Share = Annotated[float, NUMBER, Field(ge=0, lt=1)]
+Count = Annotated[int, NUMBER, Field(ge=1)]
+CountOrZero = Annotated[int, NUMBER, Field(ge=0)]
 
 T = TypeVar("T")
 
 
 def check(section: str, cls: type[T], values: Mapping[str, Any]) -> T:
-    """``cls(**values)`` after coercion, or a ``ValueError`` of one sentence that names key, value and what is allowed."""
+    """``cls(**values)`` after coercion, or a ``ValueError`` of one sentence: the key, what was given, what is allowed."""
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
@@ -44,7 +53,7 @@ def sentence(section: str, error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in (section, *first["loc"]) if part != "")
     if first["type"] == "value_error":
-        return f"{key}: {first['ctx']['error']}"
+        return f"{key}: {first.get('ctx', {}).get('error', first['msg'])}"
     given = first.get("input")
     allowed = first["msg"].removeprefix("Input ").removeprefix("should be ")
     return f"{key} is {given!r}; it should be {allowed}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from torch import Tensor
 Context = Mapping[str, Tensor]
 
 
+@runtime_checkable
 class Space(Protocol):
     """An orthogonal projector P and its rank, per chain."""
 
@@ -60,7 +61,7 @@ class MaskedSpace:
 
     def dim(self, x: Tensor, context: Context) -> Tensor:
         items = context["mask"].to(x.dtype).sum(-1)
-        return items * x.shape[-1] - self.num_centred
+        return (items * x.shape[-1] - self.num_centred).clamp(min=0)
 
 
 def squared_norm(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -89,7 +90,7 @@ class RunSpec(BaseModel):
         """The RLlib configuration, not yet validated."""
         config = algorithm(self.algorithm)()
         name, arguments = _split(self.domain, "domain")
-        config.domain(name, weights=self.weights, **arguments)
+        config.domain(name, **arguments).start_from(self.weights)
         name, arguments = _split(self.reward, "reward")
         config.reward(name)
         config.reward_arguments = arguments
@@ -155,7 +156,11 @@ def parse(tree: Mapping[str, Any]) -> RunSpec:
     for key in tree:
         if key not in known:
             raise ValueError(f"no key {key!r}{imports.nearest(str(key), known)}; a run has {', '.join(known)}")
-    for section, cls in {"resources": ResourceSettings, "checkpoint": CheckpointSettings, "track": TrackSettings}.items():
+    for section, cls in {
+        "resources": ResourceSettings,
+        "checkpoint": CheckpointSettings,
+        "track": TrackSettings,
+    }.items():
         value = tree.get(section) or {}
         if not isinstance(value, Mapping):
             raise ValueError(f"{section} is {value!r}; it should be a mapping such as {section}: {{...}}")
@@ -192,6 +197,14 @@ def load_tree(file: str) -> tuple[dict[str, Any], str]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds {type(tree).__name__}; a run is a mapping with algorithm, domain and reward")
     return _rooted(tree, path.resolve().parent), path.stem
+
+
+def open_folder(path: Path) -> RunSpec:
+    """The spec of an existing run."""
+    config = path / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{path} is not a run: it has no config.yaml; resume with the folder that `rayft run` printed")
+    return parse(yaml.safe_load(config.read_text()))
 
 
 def configs() -> dict[str, Path]:
@@ -232,10 +245,12 @@ def _rooted(value: Any, root: Path) -> Any:
         return [_rooted(v, root) for v in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         where, colon, name = value.rpartition(":")
-        return f"{(root / where).resolve()}:{name}" if colon and where.endswith(".py") else str((root / value).resolve())
+        return (
+            f"{(root / where).resolve()}:{name}" if colon and where.endswith(".py") else str((root / value).resolve())
+        )
     if inspect.isclass(value) or inspect.isfunction(value):
         return imports.path_of(value)
-    return value.tolist() if hasattr(value, "tolist") else value
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _split(named: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:

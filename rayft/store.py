@@ -60,11 +60,13 @@ class Checkpoint:
         return domains.build(told["name"], {k: v for k, v in told.items() if k != "name"})
 
     def process(self, domain: domains.Domain) -> Process:
-        chain, schedule = self.card["chain"], domain.schedule()
-        schedule = schedule if chain["num_steps"] is None else schedule.respace(chain["num_steps"])
-        if schedule.alpha_bar.tolist() != self.card["alpha_bar"]:
-            raise ValueError(f"{self.path} was made for another noise schedule than this domain's; give the domain it names")
-        return reverse_process(schedule, chain["sigma"], chain["eta"])
+        chain = self.card["chain"]
+        process = reverse_process(domain.schedule(), chain["sigma"], chain["eta"], chain["num_steps"])
+        if process.schedule.alpha_bar.tolist() != self.card["alpha_bar"]:
+            raise ValueError(
+                f"{self.path} was made for another noise schedule than this domain's; give the domain it names"
+            )
+        return process
 
     def network(self, domain: domains.Domain) -> domains.Denoiser:
         """The fine-tuned network."""
@@ -74,7 +76,9 @@ class Checkpoint:
         for key, shape in own.items():
             if key not in state or tuple(state[key].shape) != shape:
                 has = tuple(state[key].shape) if key in state else "nothing"
-                raise ValueError(f"{self.path} does not fit domain {self.card['domain']['name']!r}: {key} is {has}, not {shape}")
+                raise ValueError(
+                    f"{self.path} does not fit domain {self.card['domain']['name']!r}: {key} is {has}, not {shape}"
+                )
         net.load_state_dict(state)
         return net.eval()
 
@@ -82,7 +86,7 @@ class Checkpoint:
         """Where draws of the fine-tuned policy are made, with the pretrained model as its reference."""
         domain = self.domain()
         process, where = self.process(domain), torch.device(device)
-        nets = [net.to(where).requires_grad_(False) for net in (self.network(domain), domain.denoiser().eval())]
+        nets = [net.to(where).requires_grad_(False) for net in (self.network(domain), domains.pretrained(domain))]
         policies = [Policy(net, process, domain.space, net.prediction) for net in nets]
         return Bench(domain, policies[0], policies[1], where, torch.float32)
 
@@ -200,7 +204,9 @@ def _open(path: Path) -> Checkpoint:
         raise ValueError(f"{path / 'card.json'} is truncated; use an earlier checkpoint") from None
     if card.get("format", 0) > FORMAT:
         needs = card.get("versions", {}).get("rayft", "a newer one")
-        raise ValueError(f"{path} was written by a newer rayft ({needs}, format {card['format']}); upgrade rayft to read it")
+        raise ValueError(
+            f"{path} was written by a newer rayft ({needs}, format {card['format']}); upgrade rayft to read it"
+        )
     return Checkpoint(path, card)
 
 

@@ -15,7 +15,7 @@ import torch
 from rayft import evaluate
 from rayft.domain import Domain
 from rayft.draws import Draw
-from rayft.rewards.score import Scores
+from rayft.score import Scores
 
 NUM_KEPT = 2000
 
@@ -36,7 +36,7 @@ class Samples:
         context = {f"context/{k}": v for k, v in self.context.items()}
         groups = {} if self.groups is None else {"groups": self.groups}
         plain = {"rewards": self.rewards, "kl": self.kl, "undecodable": self.undecodable, "x_0": self.x_0}
-        np.savez_compressed(path, **plain, **groups, **context)
+        np.savez_compressed(path, allow_pickle=False, **plain, **groups, **context)
 
     @staticmethod
     def load(path: Path) -> Samples:

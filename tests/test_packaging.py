@@ -28,7 +28,7 @@ def python(code: str, cwd: Path, *, path: str = "") -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["rayft", "rayft.doctor", "rayft.cli", "rayft.reward", "rayft.rewards.score", "envs.toy", "envs.toy.reward"],
+    ["rayft", "rayft.doctor", "rayft.cli", "rayft.reward", "rayft.score", "envs.toy", "envs.toy.reward"],
 )
 def test_a_light_module_brings_neither_torch_nor_ray(module, tmp_path):
     loaded = python(f"import sys, {module}; print(*(m for m in ('torch', 'ray') if m in sys.modules))", tmp_path)

@@ -18,6 +18,7 @@ from rayft.schedule import Schedule, linear
 from rayft.space import Context, MaskedSpace
 
 NUM_POINTS, SPREAD = 4, 0.3
+SPACE = MaskedSpace(num_centred=2)
 MEANS = torch.tensor(
     [
         [[1.0, 0.0, 0.5], [-1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, -1.0, 0.5]],
@@ -30,19 +31,20 @@ class MaskedToyDenoiser(Denoiser):
     """The exact E[x_0 | x_t] of the Gaussian, plus a residual per point (zero before fine-tuning)."""
 
     prediction = "x0"
+    alpha_bar: Tensor
 
-    def __init__(self, schedule: Schedule, space: MaskedSpace, width: int = 32) -> None:
+    def __init__(self, schedule: Schedule, width: int = 32) -> None:
         super().__init__()
-        self.space = space
         self.time = TimeFeatures(schedule.num_steps)
         self.register_buffer("alpha_bar", schedule.alpha_bar, persistent=False)
-        self.residual = nn.Sequential(nn.Linear(3 + 3 + 2 + self.time.size, width), nn.SiLU(), nn.Linear(width, 3))
-        nn.init.zeros_(self.residual[-1].weight)
-        nn.init.zeros_(self.residual[-1].bias)
+        last = nn.Linear(width, 3)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.residual = nn.Sequential(nn.Linear(3 + 3 + 2 + self.time.size, width), nn.SiLU(), last)
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: Context) -> Tensor:
         ab = self.alpha_bar[timestep].to(x_t.dtype).reshape(-1, 1, 1)
-        mean = self.space.project(MEANS.to(x_t)[context["class"]], context)
+        mean = SPACE.project(MEANS.to(x_t)[context["class"]], context)
         exact = mean + SPREAD**2 * ab.sqrt() / (SPREAD**2 * ab + 1 - ab) * (x_t - ab.sqrt() * mean)
         label = nn.functional.one_hot(context["class"], 2).to(x_t.dtype)
         told = torch.cat([label, self.time(timestep).to(x_t.dtype)], -1).unsqueeze(1).expand(-1, NUM_POINTS, -1)
@@ -53,7 +55,7 @@ class MaskedToy(Domain):
     """Sets of 2 to 4 points in the plane with one feature each, in two classes; padding is zero, no drift."""
 
     event_shape = (NUM_POINTS, 3)
-    space = MaskedSpace(num_centred=2)
+    space = SPACE
     rewards: Mapping[str, str] = {"spread": "envs.toy.reward:Spread"}
     decoder = "envs.toy.decode:points"
 
@@ -64,7 +66,7 @@ class MaskedToy(Domain):
         return linear(self.num_steps, 0.1 / self.num_steps, 17.5 / self.num_steps)
 
     def denoiser(self) -> Denoiser:
-        return MaskedToyDenoiser(self.schedule(), self.space)
+        return MaskedToyDenoiser(self.schedule())
 
     def context(self, num_chains: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = torch.randint(2, NUM_POINTS + 1, (num_chains,), generator=generator)

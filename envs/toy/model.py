@@ -1,6 +1,6 @@
 """Denoisers of the toy: a small trained network, and the exact one that it approximates.
 
-    E[x_0 | x_t] = sum_k p(k | x_t) [m_k + a s^2 (x_t - a m_k) / v],    a = sqrt(alpha_bar_t), v = a^2 s^2 + 1 - a^2
+E[x_0 | x_t] = sum_k p(k | x_t) [m_k + a s^2 (x_t - a m_k) / v],    a = sqrt(alpha_bar_t), v = a^2 s^2 + 1 - a^2
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from rayft.space import Context
 
 class TimeFeatures(nn.Module):
     """t/T and a few of its sines and cosines."""
+
+    waves: Tensor
 
     def __init__(self, num_steps: int, num_waves: int = 4) -> None:
         super().__init__()
@@ -53,6 +55,7 @@ class ExactDenoiser(Denoiser):
     """The mixture's own E[x_0 | x_t]; no parameters."""
 
     prediction = "x0"
+    alpha_bar: Tensor
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()

@@ -1,13 +1,14 @@
 """The iteration every algorithm shares: draw, score, credit, learn, sync. Blind to which algorithm it runs.
 
-    draw    transitions and the events they wait for      (runners; each algorithm names its draw)
-    score   events -> rewards                             (reward actors; NaN = failed)
-    credit  rewards -> one number per transition          (here, over the whole batch, before it is sharded)
-    learn   minibatches -> weights                        (learners)
+draw    transitions and the events they wait for      (runners; each algorithm names its draw)
+score   events -> rewards                             (reward actors; NaN = failed)
+credit  rewards -> one number per transition          (here, over the whole batch, before it is sharded)
+learn   minibatches -> weights                        (learners)
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
@@ -33,7 +35,7 @@ from rayft.algorithms.config import DiffusionConfig
 from rayft.chain import Chains
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained, join
 from rayft.rewards.pool import RewardPool
-from rayft.rewards.score import Scores
+from rayft.score import Scores
 from rayft.verdict import Samples, Verdict, judge, remember
 
 
@@ -48,6 +50,11 @@ class Credit:
 
 class DiffusionRL(Algorithm):
     """Base of PPO, RWMLE, RGDM. A subclass names its draw and turns rewards into credit."""
+
+    config: Any  # DiffusionConfig; RLlib's own annotations are Optional until setup() has run
+    env_runner: Any
+    env_runner_group: Any
+    learner_group: Any
 
     @abstractmethod
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
@@ -122,15 +129,13 @@ class DiffusionRL(Algorithm):
                     ["sample_part"] * len(sent), kwargs=sent, remote_actor_ids=workers, timeout_seconds=None
                 )
                 for result in results:
-                    try:
-                        part, ref, stats = result.get() if result.ok else (None, None, None)
-                        if part is None:
-                            error = result.get()
-                            continue
+                    if not result.ok:
+                        error = result.get()
+                        continue
+                    part, ref, stats = result.get()
+                    with contextlib.suppress(RayError):  # the runner died with its draw: another draws it again
                         done[part] = ray.get(ref)
                         self.metrics.aggregate([stats], key=ENV_RUNNER_RESULTS)
-                    except ray.exceptions.RayError as lost:
-                        error = lost
             idle_rounds = 0 if len(done) > before else idle_rounds + 1
             if idle_rounds > 20:
                 raise RuntimeError(f"no runner could draw: {str(error).strip().splitlines()[-1]}") from None
@@ -146,7 +151,9 @@ class DiffusionRL(Algorithm):
         self.counts["failed"] += scores.num_failed
         if scores.num_failed == len(scores.rewards):
             why = f": {scores.reasons[0]}" if scores.reasons else ""
-            raise RuntimeError(f"the reward failed on all {scores.num_failed} samples of iteration {self.iteration}{why}")
+            raise RuntimeError(
+                f"the reward failed on all {scores.num_failed} samples of iteration {self.iteration}{why}"
+            )
         return scores
 
     def learn(self, credit: Credit) -> None:
@@ -159,7 +166,8 @@ class DiffusionRL(Algorithm):
             "timesteps": {NUM_ENV_STEPS_SAMPLED_LIFETIME: 0},
         }
         if self.config.num_learners == 0:
-            results = self.learner_group.update(training_data=TrainingData(batch=credit.chains), **told)
+            batch: Any = credit.chains  # RLlib's annotation wants its own batch; ours goes through untouched
+            results = self.learner_group.update(training_data=TrainingData(batch=batch), **told)
         else:
             refs = [ray.put(credit.chains)] * self.config.num_learners
             results = self.learner_group.update(batch_refs=refs, **told)
@@ -244,4 +252,6 @@ class DiffusionRL(Algorithm):
         full = cls.get_default_config().update_from_dict(config)
         scoring = full.section("scoring")
         one = {"CPU": scoring.num_cpus_per_actor, "GPU": scoring.num_gpus_per_actor}
-        return PlacementGroupFactory([*request.bundles, *[dict(one)] * scoring.actors], strategy=full.placement_strategy)
+        return PlacementGroupFactory(
+            [*request.bundles, *[dict(one)] * scoring.actors], strategy=str(full.placement_strategy)
+        )

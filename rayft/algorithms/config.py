@@ -16,10 +16,12 @@ import gymnasium as gym
 import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.util.debug import log_once
 
 from rayft import domain as domains
 from rayft import imports, reward
-from rayft.rl.module import DenoiserModule, process_of
+from rayft.chain import reverse_process
+from rayft.rl.module import DenoiserModule
 from rayft.rl.runner import ChainRunner
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, check, defaults
 
@@ -135,9 +137,14 @@ class DiffusionConfig(AlgorithmConfig):
 
     # -- the grammar
 
-    def domain(self, path: Any, *, weights: str | None = None, **arguments: Any) -> DiffusionConfig:
-        """A short name, an import path or a Domain class, and its arguments; ``weights`` starts from a checkpoint."""
-        self.domain_path, self.domain_arguments, self.initial_weights = path, arguments, weights
+    def domain(self, path: Any, **arguments: Any) -> DiffusionConfig:
+        """A short name, an import path or a Domain class, and its arguments."""
+        self.domain_path, self.domain_arguments = path, arguments
+        return self
+
+    def start_from(self, weights: str | None) -> DiffusionConfig:
+        """Begins with fine-tuned weights; the reference stays the domain's pretrained network."""
+        self.initial_weights = weights
         return self
 
     def reward(self, path: Any, *, actors: int | None = None, **arguments: Any) -> DiffusionConfig:
@@ -170,12 +177,16 @@ class DiffusionConfig(AlgorithmConfig):
 
     def environment(self, env: Any = None, **kwargs: Any) -> DiffusionConfig:
         """``rayft/Toy-v0`` means the same as ``.domain("toy")``, with the reward its env_config names."""
-        if not (isinstance(env, str) and env.startswith("rayft/")):
+        name = env.removeprefix("rayft.env:") if isinstance(env, str) else ""
+        if not name.startswith("rayft/"):
             return super().environment(env, **kwargs)
-        told = {**gym.spec(env).kwargs, **kwargs.pop("env_config", {})}
-        found = told.get("reward")
-        if found is not None:
-            self.reward(found, **told.get("reward_arguments", {}))
+        from rayft import env as environments  # registers the names
+
+        told = {**gym.spec(name).kwargs, **kwargs.pop("env_config", {})}
+        imports.check_arguments(environments.named, {k: v for k, v in told.items() if k != "flat"}, name)
+        if "reward" in told:
+            self.reward(told["reward"], **told.get("reward_arguments", {}))
+        self.chain(**{k: told[k] for k in ("num_steps", "sigma", "eta") if k in told})
         return self.domain(told["domain"], **told.get("domain_arguments", {}))
 
     def _set(self, section: str, cls: type, values: Mapping[str, Any]) -> DiffusionConfig:
@@ -228,7 +239,7 @@ class DiffusionConfig(AlgorithmConfig):
         if self.reward_path is None:
             raise ValueError(f"no reward is given; this domain has {', '.join(domain.rewards) or 'none of its own'}")
         reward.check(self.reward_path, self.reward_arguments, domain.rewards)
-        process = process_of(domain, chain.num_steps, chain.sigma, chain.eta)
+        process = reverse_process(domain.schedule(), chain.sigma, chain.eta, chain.num_steps)
         rows, learners = self.num_rows(process.num_steps), max(1, self.num_learners)
         if settings.minibatch_size > rows:
             raise ValueError(
@@ -242,6 +253,7 @@ class DiffusionConfig(AlgorithmConfig):
             )
         if settings.chains < max(1, self.num_env_runners):
             raise ValueError(f"training.chains is {settings.chains}, fewer than the {self.num_env_runners} runners")
+        log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # RLlib would advertise its old stack here
         super().validate()
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:

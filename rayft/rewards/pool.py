@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
-from rayft.rewards.score import Scorer, Scores
+from rayft.score import Scorer, Scores
 
 
 class RewardPool:
@@ -18,8 +19,8 @@ class RewardPool:
         self, scorer_arguments: tuple[Any, ...], num_actors: int = 0, num_cpus: float = 1.0, num_gpus: float = 0.0
     ) -> None:
         self.local = Scorer(*scorer_arguments) if num_actors == 0 else None
-        remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=2)(Scorer)
-        self.actors = [remote.remote(*scorer_arguments) for _ in range(num_actors)]
+        placed: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=2)(Scorer)
+        self.actors: list[Any] = [placed.remote(*scorer_arguments) for _ in range(num_actors)]
 
     def score(self, events: np.ndarray, context: Mapping[str, np.ndarray]) -> Scores:
         """One score per event, in order."""
@@ -43,6 +44,6 @@ class RewardPool:
 def _collect(ref: Any, expected: int) -> Scores:
     try:
         return ray.get(ref)
-    except ray.exceptions.RayActorError as error:
+    except RayActorError as error:
         reason = f"reward actor lost: {str(error).splitlines()[0]}"[:200]
         return Scores(np.full(expected, np.nan), np.zeros(expected, dtype=bool), 0, (reason,))

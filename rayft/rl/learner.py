@@ -31,6 +31,9 @@ PROBE_ROWS = 512
 class DiffusionLearner(TorchLearner):
     """Subclasses say what one row costs; everything else is here."""
 
+    config: Any
+    _params: dict[Any, Any]
+
     @abstractmethod
     def row_loss(self, rows: dict[str, Tensor], out: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, logged) per row, unreduced. ``rows`` holds the batch, ``out`` mu_theta, sigma and log_prob."""

@@ -11,16 +11,10 @@ from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 
 from rayft import domain as domains
-from rayft.chain import Policy, Process, reverse_process
+from rayft.chain import Policy, reverse_process
 from rayft.draws import Bench
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-
-
-def process_of(domain: domains.Domain, num_steps: int | None, sigma: str, eta: float) -> Process:
-    """The chain a run uses: the domain's schedule, respaced where fewer steps are asked for."""
-    schedule = domain.schedule()
-    return reverse_process(schedule if num_steps is None else schedule.respace(num_steps), sigma, eta)
 
 
 class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
@@ -30,13 +24,13 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
         told: Mapping[str, Any] = self.model_config
         self.domain = domains.build(told["domain"], told["domain_arguments"])
         self.dtype = DTYPES[told["precision"]]
-        denoiser = self.domain.denoiser().to(self.dtype)
+        denoiser = domains.pretrained(self.domain).to(self.dtype)
         self.reference = copy.deepcopy(denoiser).requires_grad_(False).eval()
         self.denoiser = denoiser
         if told["weights"] is not None:
             domains.load_weights(denoiser, told["weights"])
         self.ema = copy.deepcopy(denoiser).requires_grad_(False).eval() if told["ema"] > 0 else None
-        process = self.process = process_of(self.domain, told["num_steps"], told["sigma"], told["eta"])
+        process = self.process = reverse_process(self.domain.schedule(), told["sigma"], told["eta"], told["num_steps"])
         autocast = torch.bfloat16 if told["precision"] == "bfloat16" else None
         self.policies = {
             name: Policy(net, process, self.domain.space, denoiser.prediction, autocast)

@@ -32,7 +32,7 @@ class ChainRunner(EnvRunner, Checkpointable):
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         gpus = self.config.num_gpus_per_env_runner if self.worker_index else 0
-        self._device = get_device(self.config, gpus)
+        self._device = get_device(self.config, gpus)  # pyright: ignore[reportArgumentType]
         self._weights_seq_no = 0
         self.make_module()
 
@@ -60,7 +60,7 @@ class ChainRunner(EnvRunner, Checkpointable):
         **kwargs: Any,
     ) -> Draw:
         """Part ``part`` of this iteration's draw for ``purpose``."""
-        generator = torch_generator(self.config.seed or 0, iteration, purpose, part, self._device)
+        generator = torch_generator(self.config.seed or 0, iteration, purpose, part)
         drawn = draw(self.module.bench(which), num_chains, generator, settings or {}).numpy()
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, drawn.chains.t.size, reduce="sum")
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, drawn.chains.t.size, reduce="lifetime_sum")

@@ -52,17 +52,19 @@ class Scorer:
         rewards = np.full(len(samples), self.undecodable)
         reasons: tuple[str, ...] = ()
         if found.any():
-            rewards[found], reasons = self._call([s for s in samples if s is not None])
+            rewards[found], reasons = call(self.reward, [s for s in samples if s is not None])
         return Scores(rewards, ~found, int(found.sum()), reasons)
 
-    def _call(self, samples: list[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
-        try:
-            return _numbers(self.reward(samples), len(samples)), ()
-        except Exception as error:
-            if len(samples) == 1:
-                return np.array([np.nan]), (f"{type(error).__name__}: {error}"[:200],)
-        parts = [self._call([sample]) for sample in samples]
-        return np.concatenate([p[0] for p in parts]), tuple(r for p in parts for r in p[1])[:5]
+
+def call(reward: Reward, samples: list[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(one score per sample, reasons): where the call fails, one by one, so that NaN marks the samples it failed on."""
+    try:
+        return _numbers(reward(samples), len(samples)), ()
+    except Exception as error:
+        if len(samples) == 1:
+            return np.array([np.nan]), (f"{type(error).__name__}: {error}"[:200],)
+    parts = [call(reward, [sample]) for sample in samples]
+    return np.concatenate([p[0] for p in parts]), tuple(r for p in parts for r in p[1])[:5]
 
 
 def _numbers(scores: Any, expected: int) -> np.ndarray:
