@@ -2,16 +2,19 @@
 
     V_t(x) = max_mu E[V_{t-1}(mu + sigma_t z)] - alpha |mu - mu_pre(x, t)|^2 / (2 sigma_t^2),    V_0 = r
 
-``backpropagated`` climbs J with the denoiser itself, by long reward backpropagation (T Alg. 2); ``exact`` solves the
-recursion on a grid over the plane, for means of any shape: J = E_{x_T} V_T(x_T), which no network can exceed.
+``backpropagated`` climbs J with the denoiser itself, by long reward backpropagation (T Alg. 2). ``Plane`` solves the
+recursion on a grid, for means of any shape: J = E_{x_T} V_T(x_T), which no network can exceed; and J* beside it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rayft.chain import Policy
@@ -67,32 +70,63 @@ def _objective(policy: Policy, reference: Policy, alpha: float, generator: torch
     return (quadratic(x) - alpha * kl).mean()
 
 
-@torch.no_grad()
-def exact(reference: Policy, alpha: float, spacing: float = 0.05, reach: float = 5.0) -> float:
-    """J of the best Gaussian transitions, on a grid over [-reach, reach]^2; halving ``spacing`` moves it by 1e-5.
+@dataclass(frozen=True)
+class Plane:
+    """The square [-reach, reach]^2 on which the recursions are solved; halving ``spacing`` moves J by 1e-5."""
 
-    Between grid points a function is its second-order expansion about the nearest one.
-    """
-    axis = torch.arange(-reach, reach + spacing / 2, spacing, dtype=torch.float64)
-    points = torch.cartesian_prod(axis, axis)
-    value = quadratic(points)
-    for step in range(1, reference.process.num_steps + 1):
-        sigma = float(reference.process.sigma[step])
-        expected = _Expansion(_smooth(value.reshape(len(axis), -1), sigma, spacing), spacing, reach)
-        before = reference.mean_at(points.float(), step, {}).double()
-        mean = before
-        for _ in range(100):  # mu = mu_pre + sigma^2 / alpha * gradient of E V
-            move = before + sigma**2 / alpha * expected(mean)[1] - mean
-            mean = mean + 0.7 * move
-            if move.abs().max() < 1e-6:
-                break
-        value = expected(mean)[0] - alpha * squared_norm(mean - before) / (2 * sigma**2)
-    weight = (-0.5 * squared_norm(points)).exp()
-    return float(value @ weight / weight.sum())
+    reference: Policy
+    spacing: float = 0.05
+    reach: float = 5.0
+
+    @property
+    def points(self) -> Float[Tensor, "point 2"]:
+        axis = torch.arange(-self.reach, self.reach + self.spacing / 2, self.spacing, dtype=torch.float64)
+        return torch.cartesian_prod(axis, axis)
+
+    @torch.no_grad()
+    def ceiling(self, alpha: float) -> float:
+        """J of the best Gaussian transitions, by the recursion above."""
+        value = quadratic(self.points)
+        for sigma, before in self._steps():
+            ahead, mean = self._ahead(value, sigma), before
+            for _ in range(100):  # mu = mu_pre + sigma^2 / alpha * gradient of E V
+                move = before + sigma**2 / alpha * ahead(mean)[1] - mean
+                mean = mean + 0.7 * move
+                if move.abs().max() < 1e-6:
+                    break
+            value = ahead(mean)[0] - alpha * squared_norm(mean - before) / (2 * sigma**2)
+        return self._start(value)
+
+    def optimum(self, alpha: float) -> float:
+        """J* = alpha log E_pre exp(r/alpha), without sampling."""
+        return alpha * math.log(self.expected((quadratic(self.points) / alpha).exp()))
+
+    @torch.no_grad()
+    def expected(self, value: Float[Tensor, " point"]) -> float:
+        """E_pre of a function of x_0."""
+        for sigma, before in self._steps():
+            value = self._ahead(value, sigma)(before)[0]
+        return self._start(value)
+
+    def _steps(self) -> Iterator[tuple[float, Tensor]]:
+        """sigma_t and mu_pre at every point, from the end of the chain backwards."""
+        for step in range(1, self.reference.process.num_steps + 1):
+            mean = self.reference.mean_at(self.points.float(), step, {}).double()
+            yield float(self.reference.process.sigma[step]), mean
+
+    def _ahead(self, value: Tensor, sigma: float) -> _Expansion:
+        """mu -> E f(mu + sigma z)."""
+        size = math.isqrt(len(value))
+        return _Expansion(_smooth(value.reshape(size, size), sigma, self.spacing), self.spacing, self.reach)
+
+    def _start(self, value: Tensor) -> float:
+        """E over x_T ~ N(0, I)."""
+        weight = (-0.5 * squared_norm(self.points)).exp()
+        return float(value @ weight / weight.sum())
 
 
 class _Expansion:
-    """A function on the grid, with its gradient, anywhere."""
+    """A function on the grid, with its gradient, anywhere: to second order about the nearest point."""
 
     def __init__(self, value: Tensor, spacing: float, reach: float) -> None:
         gradient = torch.stack(torch.gradient(value, spacing=spacing, edge_order=2))

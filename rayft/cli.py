@@ -5,32 +5,41 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``rayft``."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parse(argv)
         return arguments.command(arguments)
     except ValueError as error:
-        print(f"rayft: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("rayft: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
+        return _refuse(getattr(error, "cause", error))  # what an actor raised comes wrapped in its own traceback
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        return _refuse(f"{what}; look at the path, its permissions and the space left")
+    except KeyboardInterrupt:
+        print("rayft: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _refuse(why: object) -> int:
+    print(f"rayft: {' '.join(str(why).split())}", file=sys.stderr)
+    return 2
 
 
 def run(told: argparse.Namespace) -> int:
     """Fine-tune as FILE says."""
     from rayft import spec as specs
+    from rayft import store
 
     if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
         told.resume, told.file = told.file, None
@@ -45,7 +54,11 @@ def run(told: argparse.Namespace) -> int:
 
         print(plan(spec))
         return 0
-    spec.checked()
+    spec.tried()
+    found = None if folder is None else store.newest(folder)
+    if found is not None:
+        store.continues(found, spec.full())
+        store.trusted(found, told.trust)
     return _run(told, spec, folder)
 
 
@@ -70,11 +83,13 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
 
 
 def _folder_to_resume(resume: Any, spec: Any) -> Path | None:
-    if resume is None or (spec is None and not isinstance(resume, str)):
-        return None
     if isinstance(resume, str):
         return Path(resume)
-    found = [p for p in Path(spec.output).glob(f"{spec.name}*") if (p / "config.yaml").is_file()]
+    if resume is None or spec is None:
+        return None
+    named = re.compile(rf"{re.escape(spec.name)}(-\d+)?")
+    runs = [config.parent for config in Path(spec.output).glob("*/config.yaml")]
+    found = [run for run in runs if named.fullmatch(run.name)]
     if not found:
         raise ValueError(f"nothing to resume: no run named {spec.name!r} in {spec.output}; start it without --resume")
     return max(found, key=lambda p: (p / "run.json").stat().st_mtime if (p / "run.json").is_file() else 0)
@@ -111,9 +126,10 @@ def sample(told: argparse.Namespace) -> int:
     from rayft import store
     from rayft.offline import sampled
 
-    columns = sampled(store.load(Path(told.checkpoint)), told.num, told.seed, told.score)
     out = _writable(Path(told.out))
-    np.savez_compressed(out, allow_pickle=False, **columns)
+    columns = sampled(store.load(Path(told.checkpoint)), told.num, told.seed, told.score)
+    with out.open("wb") as file:  # given a path, numpy would add .npz to it
+        np.savez_compressed(file, allow_pickle=False, **columns)
     print(f"{told.num} samples in {out}: {', '.join(columns)}")
     return 0
 
@@ -160,6 +176,7 @@ def configs(told: argparse.Namespace) -> int:
     for path in found.values():
         if (target / path.name).exists():
             raise ValueError(f"{target / path.name} exists; copy to another folder")
+    for path in found.values():
         shutil.copy(path, target)
     print(f"{len(found)} configs in {target}")
     return 0
@@ -179,8 +196,25 @@ def _writable(path: Path) -> Path:
     return path
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command line that is amiss is a user's mistake like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    told, rest = parser.parse_known_args(argv)  # key=value may also follow an option, which argparse forgets
+    if rest and (not hasattr(told, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"not understood: {' '.join(rest)}")
+    if rest:
+        told.overrides += rest
+    return told
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rayft", description="Fine-tune diffusion models with RL on Ray.")
+    parser = _Parser(prog="rayft", description="Fine-tune diffusion models with RL on Ray.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
@@ -202,15 +236,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", help="a run folder (its best checkpoint) or a checkpoint folder")
     sub.add_argument("--chains", type=_count, default=4096)
     sub.add_argument("--pretrained-chains", type=_count, default=16384)
-    sub.add_argument("--alpha", type=float, default=None, help="temperature of J and J*; the run's own by default")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--alpha", type=_positive, default=None, help="temperature of J and J*; the run's own by default")
+    sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--json", action="store_true")
 
     sub = add(sample)
     sub.add_argument("checkpoint")
     sub.add_argument("--num", type=_count, default=256)
     sub.add_argument("--out", default="samples.npz")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--score", action="store_true", help="add the run's reward of each sample")
 
     sub = add(export)
@@ -228,6 +262,22 @@ def _parser() -> argparse.ArgumentParser:
     add(configs).add_argument("--copy", metavar="FOLDER", help="copy the YAMLs there")
     add(doctor)
     return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 0")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number above 0")
+    return value
 
 
 def _count(text: str) -> int:

@@ -142,11 +142,13 @@ def pretrained(domain: Domain) -> Denoiser:
         return domain.denoiser().eval()
 
 
-def try_out(domain: Domain) -> None:
+def try_out(domain: Domain, weights: str | None = None) -> None:
     """Builds the network and calls it once, at both ends of the chain: what only that shows is known before a run."""
     net, space = pretrained(domain), domain.space
     if net.prediction not in get_args(Prediction):
         raise ValueError(f"prediction is {net.prediction!r}; a network predicts {', '.join(get_args(Prediction))}")
+    if weights is not None:
+        load_weights(net, weights)
     context = domain.context(2, torch.Generator().manual_seed(0))
     x_t = space.project(torch.zeros(2, *domain.event_shape), context)
     try:
@@ -172,7 +174,9 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file fails in many ways, and torch's words for one with code in it advise to run it
-        raise ValueError(f"{path} is damaged or more than tensors; write it with torch.save(net.state_dict(), ...)") from None
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors; write it with torch.save(net.state_dict(), ...)"
+        ) from None
     fit(net, state, str(path))
 
 

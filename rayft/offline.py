@@ -45,16 +45,16 @@ def sampled(checkpoint: Checkpoint, num: int, seed: int, score: bool) -> dict[st
 
 def exported(checkpoint: Checkpoint, out: Path) -> Path:
     """The network's state dict, keyed as the user's own module has it."""
+    if out.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"{out} ends in {out.suffix or 'nothing'}; export to .safetensors or .pt")
     net = checkpoint.network(checkpoint.domain()).exported()
     state = {k: v.detach().contiguous().clone() for k, v in net.state_dict().items()}
     if out.suffix == ".safetensors":
         from safetensors.torch import save_file
 
         save_file(state, out)
-    elif out.suffix in (".pt", ".pth"):
-        torch.save(state, out)
     else:
-        raise ValueError(f"{out} ends in {out.suffix or 'nothing'}; export to .safetensors or .pt")
+        torch.save(state, out)
     return out
 
 

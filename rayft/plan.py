@@ -12,7 +12,7 @@ from rayft.spec import RunSpec
 
 def plan(spec: RunSpec) -> str:
     """Text for a terminal."""
-    config = spec.checked()
+    config = spec.tried()
     chain, settings = config.section("chain"), config.settings()
     domain = config.build_domain()
     steps = reverse_process(domain.schedule(), chain.sigma, chain.eta, chain.num_steps).num_steps

@@ -27,7 +27,7 @@ from rayft.schedule import Schedule
 from rayft.seeds import torch_generator
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, check, sentence
 from rayft.space import squared_norm
-from rayft.spec import Named, load_tree, override
+from rayft.spec import FolderName, Named, load_tree, override, split
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PretrainSpec(BaseModel):
 
     domain: Named
     pretrain: dict[str, Any] = Field(default_factory=dict)
-    name: str = "pretrain"
+    name: FolderName = "pretrain"
     seed: CountOrZero = 0
     output: str = "runs"
 
@@ -73,11 +73,11 @@ def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
             hint = imports.nearest(key, PretrainSpec.model_fields)
             raise ValueError(f"no key {key!r}{hint}; a pretraining has {', '.join(PretrainSpec.model_fields)}")
     try:
-        spec = PretrainSpec.model_validate(tree)
+        spec = PretrainSpec.model_validate({k: v for k, v in tree.items() if v is not None})
     except ValidationError as error:
         raise ValueError(sentence("", error)) from None
     settings = check("pretrain", PretrainSettings, spec.pretrain)
-    domain = domains.build(spec.domain.get("name"), {k: v for k, v in spec.domain.items() if k != "name"})
+    domain = domains.build(*split(spec.domain, "domain"))
     folder = Path(spec.output) / spec.name
     folder.mkdir(parents=True, exist_ok=True)
     weights, loss = train(domain, settings, spec.seed, folder / "state.pt", resume, quiet)
@@ -112,9 +112,12 @@ def train(
     if resume:
         if not state.is_file():
             raise ValueError(f"nothing to resume: no {state}")
-        found = torch.load(state, weights_only=True)
-        net.load_state_dict(found["net"])
-        optimizer.load_state_dict(found["optimizer"])
+        try:
+            found = torch.load(state, weights_only=True)
+            net.load_state_dict(found["net"])
+            optimizer.load_state_dict(found["optimizer"])
+        except Exception:
+            raise ValueError(f"{state} is damaged or of another network; start again without --resume") from None
         average, first, recent = found["average"], found["step"], found["recent"]
     with Progress(disable=quiet, transient=True) as progress:
         bar = progress.add_task("pretrain", total=settings.steps, completed=first)

@@ -1,187 +1,239 @@
 """One self-contained HTML page per run, from its files alone: what was reached, at what price, and what to beware of.
 
-This file makes numbers and text, report.html beside it lays them out and draws. What is missing or damaged is said on
-the page; nothing here stops a run. All text of a user's passes through ``_safe`` or, in figures, through ``_json``.
+``readout`` makes the numbers, this file the text, report.html lays them out and draws. Nothing here stops a run: what
+is missing is said on the page. A user's text passes through ``_safe`` or, into the script, through ``_json``.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
-import yaml
 
-from rayft import evaluate
+from rayft import evaluate, readout, spec
+from rayft.algorithms.config import SECTIONS
 from rayft.domain import Domain
-from rayft.table import Table
-from rayft.verdict import Samples, Verdict, judge
-
-CURVES = {  # title: what training logs, what evaluations log
-    "reward": ("reward_mean", "evaluate/reward"),
-    "KL to the pretrained model, nats": ("kl", "evaluate/kl"),
-    "attained": ("", "evaluate/attained"),
-    "frontier share": ("", "evaluate/frontier_share"),
-    "loss": ("learner/total_loss", ""),
-    "KL of one update, nats": ("learner/update_kl", ""),
-    "diversity": ("", "evaluate/diversity"),
-}
-NUM_BINS = 60
-NUM_BATCHES = 20  # for the interval of the diversity
-
-
-@dataclass
-class Found:
-    """What a run folder holds, what it lacks, and what is made of it."""
-
-    path: Path
-    alpha: float | None
-    missing: list[str] = field(default_factory=list)
-    run: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, float]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    pretrained: Samples | None = None
-    policies: dict[int, Samples] = field(default_factory=dict)
-    verdict: Verdict | None = None
-    tilt: evaluate.Tilted | None = None
-
-    def attempt(self, what: str, make: Callable[[], Any], otherwise: Any) -> Any:
-        """``make()``, or ``otherwise`` and a sentence on the page."""
-        try:
-            return make()
-        except FileNotFoundError:
-            self.missing.append(f"{what} is not there.")
-        except Exception as error:
-            self.missing.append(f"{what} could not be used ({type(error).__name__}: {str(error)[:200]}).")
-        return otherwise
+from rayft.evaluate import Estimate
+from rayft.readout import Found
+from rayft.settings import defaults, explain
+from rayft.track import TrackSettings
 
 
 def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
     """Writes ``run/report.html`` and returns its path. ``domain`` draws the samples, ``alpha`` prices J and J*."""
     from plotly.offline import get_plotlyjs
 
-    found = read(run, alpha)
-    drawn = {"frontier": _frontier, "curves": _curves, "histogram": _histogram}
-    data = {
-        name: found.attempt(f"The data of the {name}", lambda make=make: make(found), None)
-        for name, make in drawn.items()
-    }
-    picture = found.attempt("The picture of the samples", lambda: _picture(found, domain), "null")
-    text = {name: found.attempt(name, lambda make=make: make(found), "") for name, make in TEXT.items()}
-    text["head"] = _head(found)  # last: it says what is missing
+    found = readout.read(run, alpha)
+    drawn = {"frontier": readout.frontier, "curves": readout.curves, "histogram": readout.histogram}
+    drawn["picture"] = lambda found: _picture(found, domain)
+    data = {name: found.attempt(f"The {name}", lambda make=make: make(found), None) for name, make in drawn.items()}
+    text = {name: found.attempt(f"The {name}", lambda make=make: make(found), "") for name, make in TEXT.items()}
     told = {
-        **text,
         "title": _safe(found.run.get("name", run.name)),
+        "head": found.attempt("The head", lambda: _head(found), ""),
+        "missing": "".join(f"<p>{_safe(sentence)}</p>" for sentence in dict.fromkeys(found.missing)),
         "plotly": get_plotlyjs(),
         "data": _json(data),
-        "picture": picture,
-        **{f"has_{name}": "" if value else "hidden" for name, value in data.items()},
-        "has_picture": "hidden" if picture == "null" else "",
+        **text,
+        **{f"has_{name}": "" if value else "hidden" for name, value in {**data, "missing": found.missing}.items()},
     }
-    temporary = run / ".report.html.tmp"
-    frame = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
-    temporary.write_text(frame.substitute(told), "utf-8", errors="replace")
+    frame, temporary = Path(__file__).with_name("report.html").read_text("utf-8"), run / ".report.html.tmp"
+    temporary.write_text(Template(frame).substitute(told), "utf-8", errors="replace")
     return temporary.replace(run / "report.html")
 
 
-def read(run: Path, alpha: float | None) -> Found:
-    """Everything a report needs, as far as it is there."""
-    found = Found(run, alpha)
-
-    def mapping(name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-        told = parse((run / name).read_text("utf-8", errors="replace"))
-        assert isinstance(told, dict), f"it holds {type(told).__name__}, not a mapping"
-        return told
-
-    def events() -> list[dict[str, Any]]:
-        path = run / "events.jsonl"  # there only once a guard has spoken
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
-    found.run = found.attempt("run.json", lambda: mapping("run.json", json.loads), {})
-    found.config = found.attempt("config.yaml", lambda: mapping("config.yaml", yaml.safe_load), {})
-    found.events = found.attempt("events.jsonl", events, [])
-    found.rows = found.attempt("metrics.csv", lambda: Table(run / "metrics.csv").rows, [])
-    if not found.rows:
-        found.missing.append("There is no iteration in metrics.csv.")
-    chain = found.config.get("chain") or {}
-    if alpha is not None and chain.get("sigma") == "gamma" and chain.get("eta", 1) != 1:
-        found.missing.append(f"The attained share is left out: chain.eta is {chain['eta']}, and J* is for eta = 1.")
-        found.alpha = None
-    _read_evaluations(found)
-    return found
-
-
-def _read_evaluations(found: Found) -> None:
-    def load(path: Path) -> Samples | None:
-        samples = found.attempt(f"evaluations/{path.name}", lambda: Samples.load(path), None)
-        return samples if samples is not None and np.isfinite(samples.rewards).any() else None
-
-    folder = found.path / "evaluations"
-    found.pretrained = load(folder / "pretrained.npz")
-    read = {path.stem.removeprefix("iteration_"): load(path) for path in sorted(folder.glob("iteration_*.npz"))}
-    found.policies = {int(name): samples for name, samples in read.items() if samples and name.isdigit()}
-    if not found.policies:
-        found.missing.append("There is no evaluation of the policy yet.")
-    pretrained, last = found.pretrained, found.policies.get(max(found.policies, default=-1))
-    if pretrained is not None and found.alpha is not None:
-        told = (pretrained.rewards, found.alpha, pretrained.groups)
-        found.tilt = found.attempt("p*", lambda: evaluate.tilted(*told), None)
-    if pretrained is not None and last is not None:
-        found.verdict = found.attempt("The verdict", lambda: judge(pretrained, last, found.alpha), None)
-
-
-# -- numbers for the figures
-
-
-def _frontier(found: Found) -> dict[str, Any] | None:
-    if found.pretrained is None or found.verdict is None:
+def _picture(found: Found, domain: Domain | None) -> dict[str, Any] | None:
+    """The domain's figure as plotly.js reads it, without the template: the page brings its own, light or dark."""
+    if domain is None or found.pretrained is None:
         return None
-    curve, tilt = found.verdict.frontier, found.tilt
-    path = [(i, _mean(s.kl, s.rewards), _mean(s.rewards)) for i, s in found.policies.items()]
-    far = 1.25 * max([kl.value for _, kl, _ in path] + ([tilt.kl] if tilt else []) + [0.01])
-    kl = far * np.linspace(0, 1, 200) ** 2  # the frontier starts like a square root
-    told: dict[str, Any] = {
-        "kl": kl,
-        "reward": [curve.reward_at(float(x)) for x in kl] if len(curve.kl) else [],
-        "trusted": min(curve.trusted_kl, far),
-        "before": _mean(found.pretrained.rewards).value,
-        "path": [{"iteration": i, "kl": kl.value, "reward": reward.value} for i, kl, reward in path],
-        "error": [[abs(e.value - e.low), abs(e.high - e.value)] for e in path[-1][1:]],
-    }
-    if tilt is not None:
-        told["best"] = {"kl": tilt.kl, "reward": tilt.reward, "optimum": tilt.optimum, "alpha": found.alpha}
-    return told
+    panels = {"pretrained": found.pretrained.x_0}
+    if found.policy is not None:
+        panels["fine-tuned"] = found.policy.x_0
+    if found.tilt is not None and found.alpha is not None:
+        panels["optimum p*"] = readout.optimum(found.pretrained, found.alpha)
+    figure = domain.picture(panels)
+    return None if figure is None else json.loads(figure.update_layout(template=None).to_json())
 
 
-def _curves(found: Found) -> list[dict[str, Any]]:
-    def column(*names: str) -> list[list[float]]:
-        rows = [[row.get(name, math.nan) for name in ("iteration", *names)] for row in found.rows if names[0] in row]
-        return [row for row in rows if math.isfinite(row[1])]
+# -- text
 
-    last, tilt = (found.rows or [{}])[-1], found.tilt
-    before = {"reward": found.pretrained and _mean(found.pretrained.rewards).value, "diversity": None}
-    before["diversity"] = next(
-        (r["evaluate/diversity_pretrained"] for r in found.rows if "evaluate/diversity_pretrained" in r), None
+
+def _head(found: Found) -> str:
+    run, verdict, (domain, reward) = found.run, found.verdict, (_named(found, key) for key in ("domain", "reward"))
+    status = str(run.get("status", "status unknown"))
+    seconds = float(run.get("seconds") or (found.rows or [{}])[-1].get("time_s", 0.0))
+    day = str(run.get("finished") or run.get("started") or "")[:10]
+    calls = next((row["reward_calls"] for row in reversed(found.rows) if "reward_calls" in row), None)
+    paid = "" if calls is None else f", {calls:,.0f} reward calls"
+    facts = [f"{_named(found, 'algorithm')} on {domain}", f"reward {reward}", f"seed {run.get('seed', 'unknown')}"]
+    facts += [f"{seconds / 60:.1f} minutes" if seconds else "", day]
+    if verdict is None:
+        done = f"{found.rows[-1]['iteration']:.0f}" if found.rows else "0"
+        text = f'<p class="verdict">No verdict <span>after {done} iterations{paid}.</span></p>'
+    else:
+        share, of, notes = (
+            verdict.frontier_share,
+            "of the reward gain that its KL can buy",
+            [verdict.frontier_share.note],
+        )
+        if verdict.attained is not None and verdict.attained.share is not None:
+            share, of, notes = verdict.attained.share, f"of the attainable objective at alpha {found.alpha:g}", []
+        elif verdict.attained is not None:
+            notes.insert(0, f"The attained share at alpha {found.alpha:g} is refused: {verdict.attained.refused}")
+        known = not math.isnan(share.value)
+        bound = f"{share.note.partition(':')[0]} " if share.note.startswith("at ") else ""
+        said = "Reached" if share.value > 0 else "Worse than the pretrained model:"
+        said = f"{said} {bound}{replace(share, note='')}"
+        price = f"KL {readout.mean(verdict.policy.kl, verdict.policy.rewards).value:.2f} nats{paid}"
+        text = f'<p class="verdict">{said if known else "No share"} <span>{of}, {price}.</span></p>'
+        text += "".join(f'<p class="soft">{_safe(note[:1].upper() + note[1:])}.</p>' for note in notes if note)
+        if known:
+            ends = (f"--{k}:{100 * min(max(getattr(share, k), 0), 1):.1f}%" for k in ("value", "low", "high"))
+            text += f'<div class="gauge" style="{";".join(ends)}"><i></i><b></b></div>'
+            text += '<div class="scale"><span>pretrained</span><span>attainable</span></div>'
+    warn = "" if status in ("finished", "running") else " warn"
+    top = "".join(f"<span>{_safe(fact)}</span>" for fact in facts if fact)
+    return (
+        f'<header class="top"><h1>{_safe(run.get("name", found.path.name))}</h1>'
+        f'<span class="badge{warn}">{_safe(status)}</span>{top}</header>{text}'
     )
-    best = {"attained": 1.0, "frontier share": 1.0}
-    if tilt:
-        best |= {"reward": tilt.reward, "KL to the pretrained model, nats": tilt.kl}
-    hidden = "frontier share" if found.alpha else "attained"
-    return [
-        {
-            "title": title,
-            "line": column(line),
-            "dots": column(dots, f"{dots}_low", f"{dots}_high"),
-            "before": before.get(title),
-            "best": best.get(title),
-        }
-        for title, (line, dots) in CURVES.items()
-        if title != hidden and last
+
+
+def _table(found: Found) -> str:
+    verdict, tilt = found.verdict, found.tilt
+    if verdict is None:
+        return '<p class="soft">Nothing to compare yet.</p>'
+    before, after, attained, none = verdict.pretrained, verdict.policy, verdict.attained, Estimate(math.nan, 0, 0, "")
+    shares = [evaluate.undecodable_share(samples.undecodable) for samples in (before, after)]
+    rows = [
+        ("reward", "mean", readout.mean(before.rewards), readout.mean(after.rewards), tilt.reward if tilt else none),
+        ("KL", "nats per chain", 0.0, readout.mean(after.kl, after.rewards), tilt.kl if tilt else none),
+        ("frontier share", "of the reward gain that its KL can buy", none, verdict.frontier_share, 1.0),
+        ("diversity", "mean distance between samples", readout.spread(before.x_0), readout.spread(after.x_0), none),
+        ("undecodable", "share of samples", *shares, none),
     ]
+    if attained is not None and found.alpha is not None:
+        share = attained.share or Estimate(math.nan, 0, 0, attained.refused or "")
+        told = (
+            "J, its optimum J*",
+            f"reward - {found.alpha:g} KL",
+            attained.baseline,
+            attained.objective,
+            attained.optimum,
+        )
+        rows[2:2] = [told, ("attained", "share of the way from pretrained to J*", 0.0, share, 1.0)]
+        if tilt is not None:
+            rows[-2] = (*rows[-2][:4], evaluate.diversity(readout.optimum(before, found.alpha)))
+    last = 3 if attained is not None else 2
+    heads = [("before", "pretrained"), ("run", "fine-tuned"), ("best", "optimum p*")][:last]
+    head = "".join(f'<th><span class="dot {colour}"></span>{name}</th>' for colour, name in heads)
+    body = "".join(
+        f"<tr><th>{name}<small>{what}</small></th>{''.join(f'<td>{_cell(cell)}</td>' for cell in cells[:last])}</tr>"
+        for name, what, *cells in rows
+    )
+    sizes = f"{len(before.rewards):,} chains of the pretrained model and {len(after.rewards):,} of the fine-tuned one"
+    return (
+        f'<p class="soft">At iteration {max(found.reached)}, from {sizes}. Brackets hold 95% intervals.</p>'
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _guards(found: Found) -> str:
+    spoken: dict[tuple[str, str], list[Any]] = {}
+    for event in found.events:
+        spoken.setdefault((event.get("guard", ""), event.get("message", "")), []).append(event.get("iteration", "?"))
+    said = "".join(
+        f'<li>{_safe(text)} <span class="soft">{_safe(guard)}, iteration {_safe(at[0])}'
+        f"{f' and {len(at) - 1} more, the last {_safe(at[-1])}' if len(at) > 1 else ''}</span></li>"
+        for (guard, text), at in spoken.items()
+    )
+    return f"<ul>{said}</ul>" if said else '<p class="soft">No guard spoke.</p>'
+
+
+def _settings(found: Found) -> str:
+    known: dict[str, type] = {**SECTIONS, "track": TrackSettings, "resources": spec.ResourceSettings}
+    known |= {"checkpoint": spec.CheckpointSettings}
+    name = str(found.config.get("algorithm", ""))
+    algorithm = found.attempt(f"The settings of algorithm {name!r}", lambda: spec.algorithm(name).settings_class, None)
+    known |= {"training": algorithm} if algorithm else {}
+    plain = {k: v for k, v in found.config.items() if not isinstance(v, Mapping)}
+    text = ""
+    for section, values in {"run": plain, **{k: v for k, v in found.config.items() if k not in plain}}.items():
+        said, usual = (explain(known[section]), defaults(known[section])) if section in known else ({}, {})
+        lines = ""
+        for key, value in values.items():
+            mark = "set" if key in usual and usual[key] != value else ""
+            shown = "none" if value is None else value
+            cells = f"<code>{_safe(key)}</code>", f"<code>{_safe(shown)}</code>", _safe(said.get(key, ""))
+            lines += f'<tr class="{mark}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        text += f"<tbody><tr><th colspan=3>{_safe(section)}</th></tr>{lines}</tbody>" if lines else ""
+    return f"<table class=settings>{text}</table>" if text else '<p class="soft">There is no config.yaml.</p>'
+
+
+def _again(found: Found) -> str:
+    run, where, config = found.run, shlex.quote(str(found.path)), shlex.quote(str(found.path / "config.yaml"))
+    first, *rest = run.get("command") or [""]
+    lines = {
+        "The same run again, from its checked settings": f"rayft run {config}",
+        "Continue it from its last checkpoint": f"rayft run --resume {where}",
+        "Write this page again": f"rayft report {where}",
+        "How it was last called": shlex.join(["rayft" if first.endswith("cli.py") else first, *map(str, rest)]),
+    }
+    keys = ("seed", "threads", "machine", "versions", "started", "finished", "status")
+    flat = {k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v := run.get(k), Mapping) else v for k in keys}
+    told = "".join(f"<tr><td><code>{k}</code></td><td>{_safe(v)}</td></tr>" for k, v in flat.items() if v is not None)
+    calls = (f'<p class="soft">{name}:</p><pre>{_safe(call)}</pre>' for name, call in lines.items() if call != "''")
+    return f"{''.join(calls)}<table class=settings>{told}</table>"
+
+
+def _beware(found: Found) -> str:
+    attained = found.verdict.attained if found.verdict else None
+    notes = [] if attained is None else [attained.note]
+    if found.alpha is None:
+        notes.append("No alpha is set, so there is no J*: the frontier stands in for it. evaluate.alpha sets one.")
+    failed = sum(int((~np.isfinite(s.rewards)).sum()) for s in (found.pretrained, found.policy) if s)
+    notes += [f"{failed:,} rewards of the evaluations failed and are left out of every number."] if failed else []
+    notes.append(
+        "The KL is that of whole chains, at least as large as that of finished samples: a share may be understated. "
+        "A policy with Gaussian steps need not be able to reach 1."
+    )
+    notes.append("Intervals are over the samples of this one run. They do not speak for another seed.")
+    return f"<ul>{''.join(f'<li>{_safe(note)}</li>' for note in notes)}</ul>"
+
+
+TEXT = {"table": _table, "guards": _guards, "settings": _settings, "again": _again, "beware": _beware}
+
+# -- small things
+
+
+def _cell(value: Estimate | float) -> str:
+    if not isinstance(value, Estimate):
+        return f"<b>{value:.4g}</b>"
+    number, _, interval = str(replace(value, note="")).partition(" ")
+    why = f'<small class="why">{_safe(value.note)}</small>' if value.note else ""
+    if math.isnan(value.value):
+        return why
+    number = "0" if value.value == 0 else number
+    return f"<b>{number}</b> <small>{interval if value.high > value.low else ''}</small>{why}"
+
+
+def _named(found: Found, key: str) -> str:
+    value = found.config.get(key, found.run.get(key, "?"))
+    return str(value.get("name", "?") if isinstance(value, Mapping) else value)
+
+
+def _safe(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _json(value: Any) -> str:
+    """For a script element: NaN and Infinity are words there, and no tag can end the element."""
+    return json.dumps(value).replace("<", "\\u003c")

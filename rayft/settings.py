@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def check(section: str, cls: type[T], values: Mapping[str, Any]) -> T:
-    """``cls(**values)`` after coercion, or a ``ValueError`` of one sentence: the key, what was given, what is allowed."""
+    """``cls(**values)`` after coercion, or a ``ValueError`` of one sentence: key, what was given, what is allowed."""
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:

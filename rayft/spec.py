@@ -16,10 +16,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rayft import algorithms, imports
+from rayft import algorithms, domain, imports
 from rayft.algorithms.config import SECTIONS, DiffusionConfig
+from rayft.score import Scorer
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, check, sentence
 from rayft.track import TrackSettings
 
@@ -62,7 +63,14 @@ def _named(value: Any) -> Any:
     return value if isinstance(value, Mapping) else {"name": value}
 
 
+def _folder_name(name: str) -> str:
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ValueError(f"{name!r} names a folder in output, so it has no separator and no dot in front")
+    return name
+
+
 Named = Annotated[dict[str, Any], BeforeValidator(_named)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 class RunSpec(BaseModel):
@@ -73,7 +81,7 @@ class RunSpec(BaseModel):
     algorithm: str
     domain: Named
     reward: Named
-    name: str = "run"
+    name: FolderName = "run"
     seed: CountOrZero = 0
     iterations: Count = 100
     weights: str | None = None
@@ -89,11 +97,13 @@ class RunSpec(BaseModel):
     def config(self) -> DiffusionConfig:
         """The RLlib configuration, not yet validated."""
         config = algorithm(self.algorithm)()
-        name, arguments = _split(self.domain, "domain")
-        config.domain(name, **arguments).start_from(self.weights)
-        name, arguments = _split(self.reward, "reward")
+        name, arguments = split(self.domain, "domain")
+        config.domain(name).start_from(self.weights)
+        config.domain_arguments = arguments
+        name, arguments = split(self.reward, "reward")
         config.reward(name)
         config.reward_arguments = arguments
+        check("training", config.settings_class, self.training)  # RLlib's own keys would not be in config.yaml: Python only
         config.training(**self.training)
         for section in SECTIONS:
             getattr(config, section)(**getattr(self, section))
@@ -107,6 +117,20 @@ class RunSpec(BaseModel):
         """The configuration, every value checked: all that can be known before Ray starts."""
         config = self.config()
         config.validate()
+        return config
+
+    def tried(self) -> DiffusionConfig:
+        """``checked``, and what only building shows: network, weights and reward fit together.
+
+        A network that may need its GPU, and a reward that has actors of its own, are built where they run.
+        """
+        config = self.checked()
+        world = config.build_domain()
+        if config.num_gpus_per_env_runner == config.num_gpus_per_learner == 0:
+            domain.try_out(world, self.weights)
+        scoring = config.section("scoring")
+        if scoring.actors == 0:
+            Scorer(config.reward_path, config.reward_arguments, world.rewards, world.decoder, scoring.undecodable)
         return config
 
     def full(self) -> dict[str, Any]:
@@ -123,7 +147,7 @@ def algorithm(name: str) -> type[DiffusionConfig]:
     """``ppo`` -> the Config class in rayft/algorithms/ppo.py; ``package.module:Name`` for one of the user's own."""
     if ":" in name:
         found = imports.load(name)
-        if not (inspect.isclass(found) and issubclass(found, DiffusionConfig)):
+        if not (inspect.isclass(found) and issubclass(found, DiffusionConfig) and found is not DiffusionConfig):
             raise ValueError(f"{name} is not an algorithm: make it a subclass of DiffusionConfig")
         return found
     known = known_algorithms()
@@ -182,6 +206,8 @@ def load_tree(file: str) -> tuple[dict[str, Any], str]:
         if not isinstance(tree, Mapping):
             raise ValueError(f"{path}: spec is {type(tree).__name__}; make it a dict with the keys of a run's YAML")
         return _rooted(dict(tree), path.resolve().parent), path.stem
+    if path.is_dir():
+        raise ValueError(f"{file} is a folder; give a YAML in it, or continue a run with --resume {file}")
     if not path.is_file():
         shipped = configs()
         if file not in shipped:
@@ -189,13 +215,14 @@ def load_tree(file: str) -> tuple[dict[str, Any], str]:
             raise ValueError(f"no file {file!r} and no shipped config of that name{hint}; see `rayft configs`")
         path = shipped[file]
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         raise ValueError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds {type(tree).__name__}; a run is a mapping with algorithm, domain and reward")
+        kind = "nothing" if tree is None else type(tree).__name__
+        raise ValueError(f"{path} holds {kind}; a run is a mapping with algorithm, domain and reward")
     return _rooted(tree, path.resolve().parent), path.stem
 
 
@@ -204,7 +231,19 @@ def open_folder(path: Path) -> RunSpec:
     config = path / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{path} is not a run: it has no config.yaml; resume with the folder that `rayft run` printed")
-    return parse(yaml.safe_load(config.read_text()))
+    return parse(load_tree(str(config))[0])
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that is written twice is an error: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def configs() -> dict[str, Path]:
@@ -253,7 +292,7 @@ def _rooted(value: Any, root: Path) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def _split(named: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
+def split(named: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
     if "name" not in named:
         raise ValueError(f"{what} has no name; write {what}: NAME or {what}: {{name: NAME, argument: value}}")
     if not isinstance(named["name"], str):

@@ -71,15 +71,7 @@ class Checkpoint:
     def network(self, domain: domains.Domain) -> domains.Denoiser:
         """The fine-tuned network."""
         net = domain.denoiser()
-        state = {k: torch.from_numpy(v) for k, v in self.weights().items()}
-        own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-        for key, shape in own.items():
-            if key not in state or tuple(state[key].shape) != shape:
-                has = tuple(state[key].shape) if key in state else "nothing"
-                raise ValueError(
-                    f"{self.path} does not fit domain {self.card['domain']['name']!r}: {key} is {has}, not {shape}"
-                )
-        net.load_state_dict(state)
+        domains.fit(net, {k: torch.from_numpy(v) for k, v in self.weights().items()}, str(self.path))
         return net.eval()
 
     def bench(self, device: str = "cpu") -> Bench:
@@ -109,10 +101,11 @@ def save(
         _sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"checkpoint {folder.name} could not be written ({error.strerror or error}); the one before it is whole: "
+            f"checkpoint {folder.name} could not be written ({reason}); the one before it is whole: "
             f"free space or set output=FOLDER, then resume"
         ) from None
     return Checkpoint(folder, full)
@@ -137,9 +130,10 @@ def newest(run: Path) -> Checkpoint | None:
 def best(run: Path) -> Checkpoint | None:
     """The checkpoint that ``mark_best`` named."""
     pointer = run / "checkpoints" / "best.json"
-    if not pointer.is_file():
+    try:
+        folder = pointer.with_name(json.loads(pointer.read_text())["name"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    folder = run / "checkpoints" / json.loads(pointer.read_text())["name"]
     return _open(folder) if (folder / "card.json").is_file() else None
 
 
@@ -161,11 +155,22 @@ def trusted(checkpoint: Checkpoint, trust: bool) -> None:
     if trust:
         return
     how = "resume with --trust if you know where it comes from"
-    owner = checkpoint.path.stat().st_uid
-    if hasattr(os, "getuid") and owner != os.getuid():
-        raise ValueError(f"{checkpoint.path} belongs to another user (uid {owner}) and resuming unpickles it; {how}")
+    owners = {path.lstat().st_uid for path in (checkpoint.path, *checkpoint.path.rglob("*"))}
+    if hasattr(os, "getuid") and owners != {os.getuid()}:
+        others = ", ".join(str(owner) for owner in sorted(owners - {os.getuid()}))
+        raise ValueError(f"{checkpoint.path} belongs to another user (uid {others}) and resuming unpickles it; {how}")
     if tree_hash(checkpoint.state) != checkpoint.card.get("rllib_sha256"):
         raise ValueError(f"{checkpoint.state} is not what its card.json describes and resuming unpickles it; {how}")
+
+
+def continues(checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
+    """Refuses to go on with other weights, another chain or another algorithm than the checkpoint was made with."""
+    for key in ("algorithm", "domain", "chain"):
+        if checkpoint.card[key] != told[key]:
+            raise ValueError(
+                f"{checkpoint.path} was made with {key} {checkpoint.card[key]} and cannot go on with {told[key]}; "
+                f"resume with the same {key}, or start another run"
+            )
 
 
 def tree_hash(folder: Path) -> str:
@@ -198,15 +203,20 @@ def write_text(path: Path, text: str) -> None:
 def _open(path: Path) -> Checkpoint:
     try:
         card = json.loads((path / "card.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is neither a run nor a checkpoint: it has no card.json") from None
-    except json.JSONDecodeError:
+    except ValueError:
         raise ValueError(f"{path / 'card.json'} is truncated; use an earlier checkpoint") from None
-    if card.get("format", 0) > FORMAT:
+    if not isinstance(card, dict) or not isinstance(card.get("format"), int):
+        raise ValueError(f"{path / 'card.json'} is not the card of a run's checkpoint; give the folder of a run")
+    if card["format"] > FORMAT:
         needs = card.get("versions", {}).get("rayft", "a newer one")
         raise ValueError(
             f"{path} was written by a newer rayft ({needs}, format {card['format']}); upgrade rayft to read it"
         )
+    missing = [key for key in ("iteration", "domain", "chain", "alpha_bar", "config") if key not in card]
+    if missing:
+        raise ValueError(f"{path / 'card.json'} lacks {', '.join(missing)}; use an earlier checkpoint")
     return Checkpoint(path, card)
 
 

@@ -1,4 +1,4 @@
-"""Draws: who is rolled out, what is scored, that draws are independent where the maths says so, and seeds by address."""
+"""Draws: who is rolled out, what is scored, what must be independent, and seeds by address."""
 
 import math
 import subprocess
@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from envs.toy.domain import Toy
-from envs.toy.masked import MEANS, SPREAD, MaskedToy
 from scipy.stats import chi2_contingency, chisquare, kstest, pearsonr
 from torch import nn
 
+from envs.toy.domain import Toy
+from envs.toy.masked import MEANS, SPREAD, MaskedToy
 from rayft import seeds
 from rayft.chain import Policy, expand, reverse_process, sample
 from rayft.domain import Denoiser, Domain
@@ -170,7 +170,7 @@ def test_rewards_at_x0_hat_are_read_off_the_pretrained_model_one_step_further_do
     t = draw.chains.t[0].repeat_interleave(3)
     close(draw.events, b.reference.x0_hat(candidates, t - 1, draw.context))
     last = t == 1
-    assert 0 < int(last.sum()) and torch.equal(draw.events[last], candidates[last])
+    assert int(last.sum()) > 0 and torch.equal(draw.events[last], candidates[last])
 
 
 def test_without_data_payoff_rows_start_from_the_pretrained_models_samples():
@@ -178,7 +178,9 @@ def test_without_data_payoff_rows_start_from_the_pretrained_models_samples():
     draw = draw_payoff(b, n, seeded(0), PAYOFF)
     _, x_0, _ = unpacked(b, draw)
     own = sample(b.reference, *b.start(n, seeded(1)), seeded(2))
-    for found, wanted in zip(group_means(b, x_0, draw.chains.context), group_means(b, own.x_0, own.context), strict=True):
+    for found, wanted in zip(
+        group_means(b, x_0, draw.chains.context), group_means(b, own.x_0, own.context), strict=True
+    ):
         assert found == pytest.approx(wanted, abs=0.06)
 
 
@@ -277,7 +279,9 @@ def test_float32_domains_stay_float32_throughout():
 
 def test_every_part_of_an_address_matters():
     base = seeds.address(1, 2, "train", 3)
-    others = [seeds.address(*a) for a in ((2, 2, "train", 3), (1, 3, "train", 3), (1, 2, "probe", 3), (1, 2, "train", 4))]
+    others = [
+        seeds.address(*a) for a in ((2, 2, "train", 3), (1, 3, "train", 3), (1, 2, "probe", 3), (1, 2, "train", 4))
+    ]
     assert len({base, *others}) == 5
     many = {seeds.address(s, i, p, k) for s in range(5) for i in range(40) for p in ("a", "b") for k in range(25)}
     assert len(many) == 10_000

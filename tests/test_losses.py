@@ -148,9 +148,7 @@ def test_folded_candidates_have_the_gradient_of_all_of_them(normalise):
     rewards[:, 4] = np.nan  # a row without one live candidate
     weight = payoff.candidate_weight(rewards, t, 0.7, normalise)
     mean = drawn(16, 6, 2, 3).requires_grad_()
-    every = sum(
-        losses.weighted_mle_loss(mean, candidates[k], sigma, torch.from_numpy(weight[k])) for k in range(8)
-    )
+    every = sum(losses.weighted_mle_loss(mean, candidates[k], sigma, torch.from_numpy(weight[k])) for k in range(8))
     x_prev, row_weight = payoff.fold(candidates.numpy(), weight)
     folded = losses.weighted_mle_loss(mean, torch.from_numpy(x_prev), sigma, torch.from_numpy(row_weight))
     wanted = gradient(every / 8, mean)
@@ -163,7 +161,12 @@ def test_folded_candidates_have_the_gradient_of_all_of_them(normalise):
 
 
 def test_the_likelihood_loss_has_the_gradient_of_the_log_probability():
-    mean, x_prev, sigma, weight = drawn(17, 5, 3).requires_grad_(), drawn(18, 5, 3), drawn(19, 5).exp(), drawn(20, 5).exp()
+    mean, x_prev, sigma, weight = (
+        drawn(17, 5, 3).requires_grad_(),
+        drawn(18, 5, 3),
+        drawn(19, 5).exp(),
+        drawn(20, 5).exp(),
+    )
     log_prob = torch.distributions.Normal(mean, sigma.unsqueeze(1)).log_prob(x_prev).sum(1)
     wanted = gradient(-weight * log_prob, mean)
     close(gradient(losses.weighted_mle_loss(mean, x_prev, sigma, weight), mean), wanted)

@@ -143,7 +143,9 @@ def test_batch_weights_keep_the_data_tilt_and_candidate_weights_lose_it():
     z = np.exp(rewards / 0.5).mean(0)
     _, batch = payoff.fold(np.zeros((5, 8, 1)), payoff.candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "batch"))
     assert batch == pytest.approx(z / z.mean())
-    _, own = payoff.fold(np.zeros((5, 8, 1)), payoff.candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "candidates"))
+    _, own = payoff.fold(
+        np.zeros((5, 8, 1)), payoff.candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "candidates")
+    )
     assert own == pytest.approx(np.ones(8))
 
 

@@ -194,7 +194,9 @@ def test_a_chain_without_a_density_is_refused_in_a_sentence(sigma, eta, sentence
 
 
 def test_every_process_is_finite_and_noisy():
-    for schedule, (sigma, eta) in itertools.product(SCHEDULES.values(), [("beta", 1.0), ("gamma", 1.0), ("gamma", 0.1)]):
+    for schedule, (sigma, eta) in itertools.product(
+        SCHEDULES.values(), [("beta", 1.0), ("gamma", 1.0), ("gamma", 0.1)]
+    ):
         process = reverse_process(schedule, sigma, eta)
         assert bool((process.sigma[1:] > 0).all())
         assert bool(torch.isfinite(torch.stack(process.linear_in("eps"))).all())

@@ -1,0 +1,207 @@
+"""A run folder as numbers: what it holds, what it lacks, and what its figures show.
+
+Nothing here needs a model or a reward, and nothing raises: what is missing or damaged becomes a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rayft import evaluate
+from rayft.evaluate import Estimate
+from rayft.table import Table
+from rayft.verdict import Samples, Verdict, judge
+
+CURVES = {  # title: unit, column of training, column of the evaluations
+    "reward": ("", "reward_mean", "evaluate/reward"),
+    "KL": ("nats", "kl", "evaluate/kl"),
+    "attained share": ("", "", "evaluate/attained"),
+    "frontier share": ("", "", "evaluate/frontier_share"),
+    "loss": ("", "learner/total_loss", ""),
+    "KL of one update": ("nats", "learner/update_kl", ""),
+    "diversity": ("", "", "evaluate/diversity"),
+}
+NUM_BINS = 60
+NUM_BATCHES = 20  # for the interval of the diversity
+
+
+@dataclass
+class Found:
+    """What a run folder holds, and what it lacks."""
+
+    path: Path
+    alpha: float | None
+    missing: list[str] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    pretrained: Samples | None = None
+    policy: Samples | None = None  # as last evaluated
+    reached: dict[int, tuple[float, float]] = field(default_factory=dict)  # iteration: (KL, reward)
+    verdict: Verdict | None = None
+    tilt: evaluate.Tilted | None = None  # p*, where it can be trusted
+
+    def attempt(self, what: str, make: Callable[[], Any], otherwise: Any) -> Any:
+        """``make()``, or ``otherwise`` and a sentence on the page."""
+        try:
+            return make()
+        except FileNotFoundError:
+            self.missing.append(f"{what} is not there.")
+        except Exception as error:
+            self.missing.append(f"{what} could not be used ({type(error).__name__}: {str(error)[:200]}).")
+        return otherwise
+
+
+def read(run: Path, alpha: float | None) -> Found:
+    """Everything a report needs, as far as it is there."""
+    found = Found(run, alpha)
+
+    def mapping(name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        told = parse((run / name).read_text("utf-8", errors="replace"))
+        assert isinstance(told, dict), f"it holds {type(told).__name__}, not a mapping"
+        return told
+
+    def events() -> list[dict[str, Any]]:
+        path = run / "events.jsonl"  # there only once a guard has spoken
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    found.run = found.attempt("run.json", lambda: mapping("run.json", json.loads), {})
+    found.config = found.attempt("config.yaml", lambda: mapping("config.yaml", yaml.safe_load), {})
+    found.events = found.attempt("events.jsonl", events, [])
+    found.rows = found.attempt("metrics.csv", lambda: Table(run / "metrics.csv").rows, [])
+    if not found.rows:
+        found.missing.append("There is no iteration in metrics.csv.")
+    chain = found.config.get("chain")
+    if alpha is not None and isinstance(chain, Mapping) and chain.get("sigma") == "gamma" and chain.get("eta", 1) != 1:
+        found.missing.append(f"The attained share is left out: chain.eta is {chain['eta']}, and J* is for eta = 1.")
+        found.alpha = None
+    found.attempt("A file of evaluations/", lambda: _read_evaluations(found, run / "evaluations"), None)
+    return found
+
+
+def _read_evaluations(found: Found, folder: Path) -> None:
+    def means(path: Path) -> tuple[float, float]:
+        with np.load(path, allow_pickle=False) as told:  # not Samples.load: the events of every evaluation may be many
+            kept = np.isfinite(told["rewards"])
+            return float(told["kl"][kept].mean()), float(told["rewards"][kept].mean())
+
+    for path in sorted(folder.glob("iteration_*.npz")):
+        if (pair := found.attempt(f"evaluations/{path.name}", lambda path=path: means(path), None)) is not None:
+            found.reached[int(path.stem.removeprefix("iteration_"))] = pair
+    if not found.reached:
+        found.missing.append("There is no evaluation of the policy yet.")
+    last = folder / f"iteration_{max(found.reached, default=0):06d}.npz"
+    before = found.attempt("evaluations/pretrained.npz", lambda: Samples.load(folder / "pretrained.npz"), None)
+    after = found.attempt(f"evaluations/{last.name}", lambda: Samples.load(last), None) if found.reached else None
+    found.pretrained, found.policy = before, after
+    if before is not None and found.alpha is not None:
+        alpha = found.alpha
+        tilt = found.attempt("p*", lambda: evaluate.tilted(before.rewards, alpha, before.groups), None)
+        found.tilt = None if tilt is None or tilt.doubt else tilt
+    if before is not None and after is not None:
+        found.verdict = found.attempt("The verdict", lambda: judge(before, after, found.alpha), None)
+
+
+def frontier(found: Found) -> dict[str, Any] | None:
+    """F, how far it is trusted, p* and its tangent, and the evaluations as points under it."""
+    if found.verdict is None:
+        return None
+    curve, tilt, after = found.verdict.frontier, found.tilt, found.verdict.policy
+    far = 1.25 * max([kl for kl, _ in found.reached.values()] + ([tilt.kl] if tilt else []) + [0.01])
+    kl = (far * np.linspace(0, 1, 200) ** 2).tolist()  # the frontier starts like a square root
+    return {
+        "kl": kl,
+        "reward": [curve.reward_at(x) for x in kl],
+        "trusted": min(curve.trusted_kl, far),
+        "before": mean(found.verdict.pretrained.rewards).value,
+        "trail": [[row["kl"], row["reward_mean"]] for row in found.rows if "kl" in row and "reward_mean" in row],
+        "path": [[kl, reward, iteration] for iteration, (kl, reward) in found.reached.items()],
+        "error": [e.high - e.value for e in (mean(after.kl, after.rewards), mean(after.rewards))],
+        "best": tilt and [tilt.kl, tilt.reward, tilt.optimum, found.alpha],
+    }
+
+
+def curves(found: Found) -> list[dict[str, Any]]:
+    """Columns of metrics.csv over iterations, with the levels of the pretrained model and of p*."""
+
+    def column(*names: str) -> list[list[float]]:
+        return [[row.get(name, math.nan) for name in ("iteration", *names)] for row in found.rows if names[0] in row]
+
+    before: dict[str, float] = {}
+    if found.pretrained is not None:
+        before = {"reward": mean(found.pretrained.rewards).value, "diversity": evaluate.diversity(found.pretrained.x_0)}
+    best = {"attained share": 1.0, "frontier share": 1.0}
+    if found.tilt is not None:
+        best |= {"reward": found.tilt.reward, "KL": found.tilt.kl}
+    told = []
+    for title, (unit, line, dots) in CURVES.items():
+        if title != ("attained share" if found.alpha is None else "frontier share"):
+            lines, points = column(line), column(dots, f"{dots}_low", f"{dots}_high")
+            marks = {"before": before.get(title), "best": best.get(title)}
+            told.append({"title": title, "unit": unit, "line": lines, "dots": points, **marks})
+    return told if found.rows else []
+
+
+def histogram(found: Found) -> dict[str, Any] | None:
+    """Shares of samples by reward. The ends hold what lies beyond them, so that outliers do not squeeze the rest."""
+    if found.pretrained is None:
+        return None
+    sets = {"before": found.pretrained.rewards}
+    if found.policy is not None:
+        sets["run"] = found.policy.rewards
+    finite = np.concatenate([r[np.isfinite(r)] for r in sets.values()])
+    low, high = np.percentile(finite, [0.1, 99.9])
+    edges = np.linspace(low, high, NUM_BINS + 1) if high > low else np.linspace(low - 0.5, low + 0.5, NUM_BINS + 1)
+
+    def shares(rewards: np.ndarray, weights: np.ndarray) -> list[float]:
+        kept = np.isfinite(rewards)
+        counts, _ = np.histogram(rewards[kept].clip(low, high), edges, weights=weights[kept])
+        return (counts / counts.sum()).tolist()
+
+    told = {name: shares(rewards, np.ones(len(rewards))) for name, rewards in sets.items()}
+    if found.tilt is not None and found.alpha is not None:
+        told["best"] = shares(found.pretrained.rewards, _weights(found.pretrained, found.alpha))
+    return {"edges": edges.tolist(), **told}
+
+
+def mean(values: np.ndarray, where: np.ndarray | None = None) -> Estimate:
+    """With its bootstrap interval; over samples whose reward did not fail."""
+    kept = values if where is None else np.where(np.isfinite(where), values, np.nan)
+    return evaluate.objective(kept, np.zeros(len(kept)), 0.0)
+
+
+def spread(x_0: np.ndarray) -> Estimate:
+    """Diversity; the interval is from its spread over disjoint batches of samples."""
+    value, batches = evaluate.diversity(x_0), np.array_split(x_0, NUM_BATCHES)
+    if len(x_0) < 2 * NUM_BATCHES:
+        return Estimate(value, value, value)
+    half = 1.96 * float(np.std([evaluate.diversity(batch) for batch in batches], ddof=1)) / math.sqrt(NUM_BATCHES)
+    return Estimate(value, value - half, value + half)
+
+
+def _weights(samples: Samples, alpha: float) -> np.ndarray:
+    """exp(r/alpha), of mean 1 in each group; 0 where the reward failed."""
+    r = np.where(np.isfinite(samples.rewards), samples.rewards, -np.inf)
+    weights, groups = np.zeros(len(r)), np.zeros(len(r)) if samples.groups is None else samples.groups
+    for group in np.unique(groups[np.isfinite(r)]):
+        mine = groups == group
+        tilt = np.exp((r[mine] - r[mine].max()) / alpha)
+        weights[mine] = tilt * np.isfinite(r[mine]).sum() / tilt.sum()
+    return weights
+
+
+def optimum(samples: Samples, alpha: float) -> np.ndarray:
+    """Kept events of the pretrained model, drawn again with the weights of p*."""
+    weights = _weights(samples, alpha)[: len(samples.x_0)]
+    rng = np.random.default_rng(0)
+    return samples.x_0[rng.choice(len(weights), len(weights), p=weights / weights.sum())]

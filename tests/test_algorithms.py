@@ -1,0 +1,146 @@
+"""One contract over every algorithm, every domain and every placement; learning to a known optimum."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rayft import domain as domains
+from rayft.reward import Reward
+from rayft.settings import explain
+from rayft.spec import algorithm, known_algorithms
+
+WORLDS = {"toy": "quadratic", "toy_masked": "spread"}
+
+
+class Halting(Reward):
+    """Fails on every third sample and cannot score a batch that holds one."""
+
+    def __call__(self, samples):
+        if any(sample[0] > 1 for sample in samples):
+            raise RuntimeError("no")
+        return [float(sample[1]) for sample in samples]
+
+
+class Deadly(Reward):
+    """Ends its process on some samples."""
+
+    def __call__(self, samples):
+        import os
+
+        if any(sample[0] > 2.2 for sample in samples):
+            os._exit(1)
+        return [float(sample[1]) for sample in samples]
+
+
+def small(name, world="toy", reward=None, **training):
+    config = algorithm(name)().domain(world).reward(reward or WORLDS[world])
+    told = {"chains": 64, "minibatch_size": 64, **training}
+    return config.training(**told).chain(num_steps=10).evaluate(every=0, chains=64, pretrained_chains=256)
+
+
+@pytest.mark.parametrize("name", known_algorithms())
+def test_every_setting_has_a_sentence_and_a_default(name):
+    cls = algorithm(name).settings_class
+    said = explain(cls)
+    for field in dataclasses.fields(cls):
+        assert field.default is not dataclasses.MISSING
+        assert len(said.get(field.name, "")) > 15, f"{name}.{field.name} has no sentence"
+
+
+@pytest.mark.parametrize("world", sorted(set(domains.builtin()) - {"plain"}))
+@pytest.mark.parametrize("name", known_algorithms())
+def test_every_algorithm_trains_on_every_domain_and_restores(ray_session, tmp_path, name, world):
+    config = small(name, world)
+    algo = config.build_algo()
+    before = algo.policy_state()
+    algo.train()
+    path = algo.save_to_path(str(tmp_path / "state"))
+    after = algo.policy_state()
+    assert any((after[k] != before[k]).any() for k in after), "training changed nothing"
+    assert all(np.isfinite(v).all() for v in after.values())
+    expected = algo.train()["reward_mean"]
+    algo.stop()
+    again = small(name, world).build_algo()
+    again.restore_from_path(path)
+    again.sync()
+    restored = again.policy_state()
+    assert all((restored[k] == after[k]).all() for k in after)
+    assert again.train()["reward_mean"] == expected
+    again.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "iterations", "told", "least"),
+    [
+        ("ppo", 12, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.90),
+        ("rwmle", 25, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.88),
+        ("rwmle", 40, {"alpha": 0.5, "chains": 4096, "minibatch_size": 512, "roll_in": "current"}, 0.6),
+        ("rgdm", 15, {"temperature": 0.3, "radius": 1.5}, 0.85),
+    ],
+    ids=["ppo", "rwmle", "rwmle-current", "rgdm"],
+)
+def test_every_algorithm_comes_near_the_known_optimum(ray_session, name, iterations, told, least):
+    config = algorithm(name)().domain("toy").reward("quadratic").training(**told)
+    algo = config.evaluate(every=0, chains=4096, pretrained_chains=16384).build_algo()
+    for _ in range(iterations):
+        algo.train()
+    verdict = algo.evaluate_policy().scalars()
+    algo.stop()
+    print(name, {k: round(verdict[k], 3) for k in ("reward", "kl", "frontier_share")})
+    assert verdict["frontier_share" if name == "rgdm" else "attained"] > least
+
+
+def test_a_cliff_of_a_reward_is_climbed_too(ray_session):
+    config = small("ppo", alpha=0.1, chains=1024, minibatch_size=2048).chain(num_steps=50)
+    config.reward("stripes", width=1.0).evaluate(every=0, chains=2048, pretrained_chains=8192)
+    algo = config.build_algo()
+    for _ in range(20):
+        algo.train()
+    verdict = algo.evaluate_policy().scalars()
+    algo.stop()
+    assert verdict["reward"] > verdict["reward_pretrained"] + 0.2
+    assert verdict["attained"] > 0.5
+
+
+def test_the_masked_policy_keeps_padding_at_zero_and_drift_out(ray_session):
+    algo = small("ppo", "toy_masked").build_algo()
+    algo.train()
+    draw = algo.collect("test", algo.draw_function(), 64)
+    x, mask = draw.chains.x, draw.chains.context["mask"]
+    algo.stop()
+    assert np.abs(x * (1 - mask[None, :, :, None])).max() == 0
+    assert np.abs((x[..., :2] * mask[None, :, :, None]).sum(-2)).max() < 1e-4
+
+
+def test_two_runners_draw_what_the_parts_say_whoever_makes_them(ray_session):
+    algo = small("ppo").env_runners(num_env_runners=2).build_algo()
+    first = algo.collect("train", algo.draw_function(), 64)
+    again = algo.collect("train", algo.draw_function(), 64)
+    other = algo.collect("other", algo.draw_function(), 64)
+    algo.stop()
+    assert (first.chains.x == again.chains.x).all()
+    assert (first.chains.x != other.chains.x).any()
+
+
+@pytest.mark.parametrize("actors", [0, 2])
+def test_a_reward_that_raises_costs_its_samples_only(ray_session, actors):
+    algo = small("ppo", reward=f"{__file__}:Halting").scoring(actors=actors).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    scores = algo.score(draw)
+    bad = draw.events[:, 0] > 1
+    assert bad.any()
+    assert not bad.all()
+    assert (np.isnan(scores.rewards) == bad).all()
+    assert np.isfinite(algo.train()["reward_mean"])
+    assert algo.counts["failed"] > 0
+    algo.stop()
+
+
+def test_a_reward_that_kills_its_actor_costs_a_share_and_the_run_goes_on(ray_session):
+    algo = small("ppo", reward=f"{__file__}:Deadly", chains=256).scoring(actors=4).build_algo()
+    for _ in range(2):
+        assert np.isfinite(algo.train()["reward_mean"])
+    algo.stop()

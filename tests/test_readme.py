@@ -1,0 +1,85 @@
+"""The README does what it says: its examples run, its map leads to code and tests that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft import imports
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def example(name):
+    """The code block that follows ``<!-- example: name -->``."""
+    found = re.search(rf"<!-- example: {re.escape(name)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README has no example {name!r}"
+    return found.group(1)
+
+
+def run(*command, cwd):
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_python_example_runs_and_learns(tmp_path):
+    (tmp_path / "example.py").write_text(example("python"))
+    lines = run("example.py", cwd=tmp_path).splitlines()
+    rewards = [float(line) for line in lines if re.fullmatch(r"-?\d+\.\d+", line)]
+    assert len(rewards) == 10
+    assert rewards[-1] > rewards[0] + 0.5
+    assert any(line.startswith("attained:") for line in lines)
+
+
+def test_the_yaml_example_runs(tmp_path):
+    (tmp_path / "my.yaml").write_text(example("yaml"))
+    small = ["iterations=2", "training.chains=512", "evaluate.chains=256", "evaluate.pretrained_chains=512"]
+    run("-m", "rayft.cli", "run", "my.yaml", *small, cwd=tmp_path)
+    assert (tmp_path / "runs/my/report.html").is_file()
+
+
+def test_a_plain_module_and_a_reward_function_in_one_file_are_fine_tuned_and_exported(tmp_path):
+    source = example("file digits.py")
+    assert len(source.splitlines()) <= 40
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "digits.py").write_text(source)
+    net = imports.load(f"{home / 'digits.py'}:Net")()
+    torch.save(net.state_dict(), home / "net.pt")
+    small = ["iterations=2", "training.chains=16", "chain.num_steps=8", "training.minibatch_size=64"]
+    small += ["evaluate.chains=32", "evaluate.pretrained_chains=64"]
+    run("-m", "rayft.cli", "run", str(home / "digits.py"), *small, cwd=elsewhere)
+    run("-m", "rayft.cli", "export", "runs/digits", "tuned.pt", cwd=elsewhere)
+    tuned = torch.load(elsewhere / "tuned.pt", weights_only=True)
+    assert any((tuned[k] != v).any() for k, v in net.state_dict().items()), "nothing was trained"
+    net.load_state_dict(tuned)
+
+
+def test_every_line_of_the_paper_map_leads_to_a_function_and_its_test():
+    rows = re.findall(r"^\| [RT] .*? \| `(.+?)` \| `(.+?)` \|$", README, re.MULTILINE)
+    assert len(rows) >= 12
+    for path, test in rows:
+        module, _, names = path.partition(":")
+        first, _, rest = names.partition(".")
+        found = imports.load(f"{module}:{first}")
+        for name in filter(None, rest.split(".")):
+            found = getattr(found, name)
+        assert callable(found), path
+        text = (ROOT / test).read_text()
+        assert (rest or first) in text or module.rpartition(".")[2] in text, f"{test} does not speak of {path}"
+
+
+@pytest.mark.parametrize("target", re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE))
+def test_every_make_target_of_the_readme_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
