@@ -7,6 +7,7 @@ The engine knows no domain; a domain knows no Ray. Built-in domains are found by
 from __future__ import annotations
 
 import inspect
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -114,9 +115,10 @@ class Plain(Domain):
     def schedule(self) -> Schedule:
         if not isinstance(self.betas, dict):
             try:
-                return from_betas(torch.tensor(self.betas, dtype=torch.float64))
-            except (TypeError, RuntimeError):
+                betas = torch.tensor(self.betas, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
                 raise ValueError(f"betas is {self.betas!r}; give numbers, or {{name: {' | '.join(NAMED)}}}") from None
+            return from_betas(betas)
         arguments = dict(self.betas)
         name = arguments.pop("name", "linear")
         if name not in NAMED:
@@ -221,5 +223,6 @@ def build(path: Any, kwargs: Mapping[str, Any]) -> Domain:
     found = find(path)
     what = f"domain {path if isinstance(path, str) else found.__name__}"
     domain = imports.construct(found, kwargs, what)
-    imports.construct(domain.schedule, {}, f"the schedule of {what}")
+    given = f" with {reprlib.repr(dict(kwargs))}" if kwargs else ""
+    imports.construct(domain.schedule, {}, f"the schedule of {what}{given}")
     return domain

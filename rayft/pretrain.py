@@ -79,7 +79,7 @@ def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
     settings = check("pretrain", PretrainSettings, spec.pretrain)
     domain = domains.build(*split(spec.domain, "domain"))
     folder = Path(spec.output) / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
+    domains.try_out(domain)
     weights, loss = train(domain, settings, spec.seed, folder / "state.pt", resume, quiet)
     out = folder / "weights.safetensors"
     save_file(weights, out)
@@ -119,6 +119,7 @@ def train(
         except Exception:
             raise ValueError(f"{state} is damaged or of another network; start again without --resume") from None
         average, first, recent = found["average"], found["step"], found["recent"]
+    state.parent.mkdir(parents=True, exist_ok=True)
     with Progress(disable=quiet, transient=True) as progress:
         bar = progress.add_task("pretrain", total=settings.steps, completed=first)
         for step in range(first, settings.steps):

@@ -30,7 +30,7 @@ CURVES = {  # title: unit, column of training, column of the evaluations
     "diversity": ("", "", "evaluate/diversity"),
 }
 NUM_BINS = 60
-NUM_BATCHES = 20  # for the interval of the diversity
+NUM_BATCHES, STUDENT = 10, 2.26  # for the interval of the diversity: batches, and t's 97.5% quantile at 9
 
 
 @dataclass
@@ -123,7 +123,7 @@ def frontier(found: Found) -> dict[str, Any] | None:
         "kl": kl,
         "reward": [curve.reward_at(x) for x in kl],
         "trusted": min(curve.trusted_kl, far),
-        "before": mean(found.verdict.pretrained.rewards).value,
+        "before": float(np.nanmean(found.verdict.pretrained.rewards)),
         "trail": [[row["kl"], row["reward_mean"]] for row in found.rows if "kl" in row and "reward_mean" in row],
         "path": [[kl, reward, iteration] for iteration, (kl, reward) in found.reached.items()],
         "error": [e.high - e.value for e in (mean(after.kl, after.rewards), mean(after.rewards))],
@@ -139,7 +139,10 @@ def curves(found: Found) -> list[dict[str, Any]]:
 
     before: dict[str, float] = {}
     if found.pretrained is not None:
-        before = {"reward": mean(found.pretrained.rewards).value, "diversity": evaluate.diversity(found.pretrained.x_0)}
+        before = {
+            "reward": float(np.nanmean(found.pretrained.rewards)),
+            "diversity": evaluate.diversity(found.pretrained.x_0),
+        }
     best = {"attained share": 1.0, "frontier share": 1.0}
     if found.tilt is not None:
         best |= {"reward": found.tilt.reward, "KL": found.tilt.kl}
@@ -185,7 +188,7 @@ def spread(x_0: np.ndarray) -> Estimate:
     value, batches = evaluate.diversity(x_0), np.array_split(x_0, NUM_BATCHES)
     if len(x_0) < 2 * NUM_BATCHES:
         return Estimate(value, value, value)
-    half = 1.96 * float(np.std([evaluate.diversity(batch) for batch in batches], ddof=1)) / math.sqrt(NUM_BATCHES)
+    half = STUDENT * float(np.std([evaluate.diversity(batch) for batch in batches], ddof=1)) / math.sqrt(NUM_BATCHES)
     return Estimate(value, value - half, value + half)
 
 

@@ -92,7 +92,7 @@ def _head(found: Found) -> str:
         bound = f"{share.note.partition(':')[0]} " if share.note.startswith("at ") else ""
         said = "Reached" if share.value > 0 else "Worse than the pretrained model:"
         said = f"{said} {bound}{replace(share, note='')}"
-        price = f"KL {readout.mean(verdict.policy.kl, verdict.policy.rewards).value:.2f} nats{paid}"
+        price = f"KL {found.reached[max(found.reached)][0]:.2f} nats{paid}"
         text = f'<p class="verdict">{said if known else "No share"} <span>{of}, {price}.</span></p>'
         text += "".join(f'<p class="soft">{_safe(note[:1].upper() + note[1:])}.</p>' for note in notes if note)
         if known:
@@ -122,14 +122,11 @@ def _table(found: Found) -> str:
     ]
     if attained is not None and found.alpha is not None:
         share = attained.share or Estimate(math.nan, 0, 0, attained.refused or "")
-        told = (
-            "J, its optimum J*",
-            f"reward - {found.alpha:g} KL",
-            attained.baseline,
-            attained.objective,
-            attained.optimum,
-        )
-        rows[2:2] = [told, ("attained", "share of the way from pretrained to J*", 0.0, share, 1.0)]
+        told = (attained.baseline, attained.objective, attained.optimum)
+        rows[2:2] = [
+            ("J, its optimum J*", f"reward - {found.alpha:g} KL", *told),
+            ("attained", "share of the way from pretrained to J*", 0.0, share, 1.0),
+        ]
         if tilt is not None:
             rows[-2] = (*rows[-2][:4], evaluate.diversity(readout.optimum(before, found.alpha)))
     last = 3 if attained is not None else 2

@@ -54,6 +54,8 @@ def sentence(section: str, error: ValidationError) -> str:
     key = ".".join(str(part) for part in (section, *first["loc"]) if part != "")
     if first["type"] == "value_error":
         return f"{key}: {first.get('ctx', {}).get('error', first['msg'])}"
+    if first["type"] == "missing":
+        return f"{key} is missing; it has no default"
     given = first.get("input")
     allowed = first["msg"].removeprefix("Input ").removeprefix("should be ")
     return f"{key} is {given!r}; it should be {allowed}"

@@ -103,7 +103,7 @@ class RunSpec(BaseModel):
         name, arguments = split(self.reward, "reward")
         config.reward(name)
         config.reward_arguments = arguments
-        check("training", config.settings_class, self.training)  # RLlib's own keys would not be in config.yaml: Python only
+        check("training", config.settings_class, self.training)  # RLlib's own keys are for Python: no YAML keeps them
         config.training(**self.training)
         for section in SECTIONS:
             getattr(config, section)(**getattr(self, section))

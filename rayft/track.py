@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,41 +56,52 @@ class Guarded:
     """A tracker that is told finite numbers only, and nothing more after a failure."""
 
     def __init__(self, name: str, opens: Callable[[int], Backend]) -> None:
-        self.name, self.opens, self.failed = name, opens, False
+        self.name, self.opens, self.failed, self.last = name, opens, False, -math.inf
         self.backend: Backend | None = None
 
     def log(self, iteration: int, row: Mapping[str, float]) -> None:
         with self._quiet():
+            if iteration <= self.last:  # the run went back to a checkpoint: as after a resume
+                self.close()
             if not self.failed:
-                self.backend = self.backend or self.opens(iteration)
+                self.backend, self.last = self.backend or self.opens(iteration), iteration
                 self.backend[0](iteration, {k: float(v) for k, v in row.items() if math.isfinite(v)})
 
     def close(self) -> None:
+        backend, self.backend = self.backend, None
         with self._quiet():
-            if self.backend:
-                self.backend[1]()
+            if backend:
+                backend[1]()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self.failed, why = True, f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            warnings.warn(f"{self.name} is told nothing more, metrics.csv is: {why}", RuntimeWarning, stacklevel=4)
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if not self.failed:
+                warnings.warn(f"{self.name} is told nothing more, metrics.csv is: {why}", RuntimeWarning, stacklevel=4)
+            self.failed = True
 
 
 def _tensorboard(_: bool, run: Path, config: Mapping[str, Any], first: int) -> Backend:
-    """Event files; what an earlier process wrote at ``first`` or after is purged."""
-    from tensorboardX import SummaryWriter
+    """Event files; what an earlier part holds at ``first`` or after is purged.
+
+    Not SummaryWriter: its flush leaves rows in a queue, and a killed run loses those that its resume does not repeat.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
 
     parts = len(list((run / "tensorboard").glob("events.out.tfevents.*")))
-    suffix = f".{parts:04d}"  # two parts of one second would share a name
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=first if parts else None, filename_suffix=suffix)
+    suffix = f".{parts:04d}"  # parts of one second would share a name
+    writer = EventsWriter(str(run / "tensorboard" / "events"), suffix)
+    writer.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def log(iteration: int, row: dict[str, float]) -> None:
         for name, value in row.items():
-            writer.add_scalar(name, value, iteration)
-        writer.flush()  # a killed run must not lose rows that its resume will not repeat
+            writer.write_event(Event(wall_time=time.time(), step=iteration, summary=scalar(name, value)))
+        writer.flush()
 
     return log, writer.close
 

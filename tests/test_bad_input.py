@@ -111,6 +111,7 @@ def shelf(tmp_path_factory):
         "nameless.yaml": "algorithm: ppo\ndomain: {num_steps: 50}\nreward: quadratic\n",
         "plain.yaml": PLAIN,
         "pretrain.yaml": "domain: {name: toy, weights: null}\npretrain: {steps: 1}\n",
+        "no_data.yaml": "domain: {name: plain, network: ./mine.py:Net, event_shape: [2], betas: [0.1, 0.2]}\n",
         "mine.py": CODE,
         "raising.py": "raise RuntimeError('no licence\\nfor this')\n",
         "typo.py": "def f(:\n",
@@ -162,7 +163,9 @@ def break_runs(made):
     broken("newer", card(format=99, versions={"rayft": "7.1"}))
     broken("half_card", card(chain=None))
     broken("list_card", lambda folder: (folder / "card.json").write_text("[]"))
-    broken("altered", lambda folder: (folder / "rllib/state.pkl").write_bytes(pickle.dumps(Evil(made.parent / "executed"))))
+    broken(
+        "altered", lambda folder: (folder / "rllib/state.pkl").write_bytes(pickle.dumps(Evil(made.parent / "executed")))
+    )
     broken("empty", shutil.rmtree)
     broken("bad_config", lambda folder: (folder.parents[1] / "config.yaml").write_text("algorithm: [ppo\n"))
     broken("no_config", lambda folder: (folder.parents[1] / "config.yaml").unlink())
@@ -335,7 +338,7 @@ CASES = {
     # where things are written
     "a name with a folder in it": (f"{RUN} name=a/b", "'a/b'", "separator"),
     "a name that climbs": (f"{RUN} name=..", "'..'", "dot"),
-    "no name": (f"{RUN} name=''", "''", "folder"),
+    "no name": (f"""{RUN} "name=''" """, "''", "folder"),
     "an output below a file": (f"{RUN} output=mine.py/runs", "cannot write to mine.py/runs", "output=FOLDER"),
     "an output where nobody writes": (f"{RUN} output=/proc/rayft", "cannot write to /proc/rayft", "output=FOLDER"),
     # resuming
@@ -358,8 +361,12 @@ CASES = {
     "truncated weights": ("sample made/cut_weights", "weights.safetensors is missing or truncated", "earlier"),
     "no weights": ("export made/no_weights out.pt", "weights.safetensors is missing or truncated"),
     "a checkpoint of another shape": ("sample made/other_shape", "does not fit ToyDenoiser", "it should be"),
-    "a checkpoint of another domain": ("evaluate made/other_domain", "another noise schedule", "domain"),
-    "a checkpoint of another schedule": ("evaluate made/other_schedule", "another noise schedule", "domain"),
+    "a checkpoint of another domain": ("evaluate made/other_domain", "does not fit MaskedToyDenoiser", "missing"),
+    "a checkpoint whose domain has another schedule": (
+        "evaluate made/other_schedule",
+        "another noise schedule",
+        "domain",
+    ),
     "a checkpoint of a domain that is not installed": ("sample made/gone_domain", "no domain 'proteins'"),
     "a checkpoint of a newer format": ("export made/newer out.pt", "newer rayft (7.1, format 99)", "upgrade"),
     # the other commands
@@ -382,9 +389,9 @@ CASES = {
     "no pretraining steps": (f"{PRETRAIN} pretrain.steps=0", "pretrain.steps is 0", "equal to 1"),
     "a pretraining of an unknown domain": (f"{PRETRAIN} domain=toi", "no domain 'toi'", "did you mean 'toy'"),
     "a pretraining of no domain": (f"{PRETRAIN} domain=", "domain is missing"),
-    "a pretraining without data": ("pretrain pretrain.yaml domain.name=./mine.py:NoData", "no 'NoData'"),
+    "a pretraining without data": ("pretrain no_data.yaml", "Plain has no data set", "Domain.data"),
     "a pretraining below a file": (f"{PRETRAIN} output=mine.py/runs", "mine.py", "path"),
-    "a pretraining that climbs": (f"{PRETRAIN} name=../x", "'../x'", "separator"),
+    "a pretraining that climbs": (f"{PRETRAIN} name=x/../../y", "'x/../../y'", "separator"),
     "resuming no pretraining": (f"{PRETRAIN} --resume", "nothing to resume", "state.pt"),
 }
 

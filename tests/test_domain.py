@@ -12,7 +12,7 @@ from torch import nn
 
 from rayft import imports, reward
 from rayft.chain import Policy, reverse_process, sample
-from rayft.domain import Denoiser, Domain, Plain, PlainDenoiser, build, builtin, find, load_weights
+from rayft.domain import Denoiser, Domain, Plain, PlainDenoiser, build, builtin, find, load_weights, try_out
 from rayft.schedule import cosine, linear
 from rayft.space import FullSpace
 
@@ -159,6 +159,35 @@ def test_a_wrong_schedule_is_refused_in_a_sentence(betas, sentence):
 def test_a_wrong_network_is_refused_in_a_sentence(user_file, network, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         Plain(f"{user_file}:{network}", [3], [0.1], network_arguments=arguments).denoiser()
+
+
+class Short(nn.Module):
+    def forward(self, x, t):
+        return x[:, :1]
+
+
+class Absent(nn.Module):
+    def forward(self, x, t):
+        return None
+
+
+def test_a_network_that_fits_its_events_is_tried_without_a_word():
+    try_out(Plain(Clock, [3], [0.1, 0.2]))
+    try_out(build("toy_masked", {}))
+
+
+@pytest.mark.parametrize(
+    ("network", "told", "sentence"),
+    [
+        (Short, {}, r"the network gives \(2, 1\) for x_t of shape \(2, 3\); it should keep the shape"),
+        (Absent, {}, r"the network gives NoneType for x_t of shape \(2, 3\)"),
+        (lambda: nn.Linear(2, 3), {}, r"the network fails on x_t of shape \(2, 3\)"),
+        (Clock, {"prediction": "score"}, "prediction is 'score'; a network predicts eps, x0, v"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_before_the_run(network, told, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        try_out(Plain(network, [3], [0.1, 0.2], **told))
 
 
 # weights

@@ -215,7 +215,8 @@ def test_no_random_number_serves_both_a_datum_and_its_noise():
 
     class Normals(Dial):
         def data(self, num_events, generator):
-            return torch.randn(num_events, 1, generator=generator), self.context(num_events, generator)
+            context = self.context(num_events, generator)
+            return torch.randn(num_events, 1, generator=generator), context
 
     draw = draw_payoff(bench(Normals(), dtype=torch.float32), 512, seeded(0), {**PAYOFF, "radius": 0.0})
     b = bench(Normals(), dtype=torch.float32)
@@ -291,6 +292,7 @@ def test_every_part_of_an_address_matters():
 
 def test_parts_of_an_address_do_not_run_together():
     assert seeds.address(1, 12, "train") != seeds.address(11, 2, "train")
+    assert seeds.address(1, 12, "train") != seeds.address(1, 1, "2train")
     assert seeds.address(1, 2, "train", 34) != seeds.address(1, 2, "train3", 4)
 
 

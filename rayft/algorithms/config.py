@@ -21,6 +21,7 @@ from ray.util.debug import log_once
 from rayft import domain as domains
 from rayft import imports, reward
 from rayft.chain import reverse_process
+from rayft.rl.learner import gloo_where_nccl_is_missing
 from rayft.rl.module import DenoiserModule
 from rayft.rl.runner import ChainRunner
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, check, defaults
@@ -255,6 +256,10 @@ class DiffusionConfig(AlgorithmConfig):
             raise ValueError(f"training.chains is {settings.chains}, fewer than the {self.num_env_runners} runners")
         log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # RLlib would advertise its old stack here
         super().validate()
+
+    def build_learner_group(self, *args: Any, **kwargs: Any) -> Any:
+        with gloo_where_nccl_is_missing():
+            return super().build_learner_group(*args, **kwargs)
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         chain = self.section("chain")

@@ -38,7 +38,7 @@ class RGDMSettings(Settings):
     num_candidates: Count = 8
     """K draws of eps_star per pair."""
     reward_at: Literal["x_prev", "x0_hat"] = "x0_hat"
-    """Where r is read: the candidate itself (R), or the pretrained model's x_0 of it, which means something at any t."""
+    """Where r is read: the candidate itself (R), or the pretrained model's x_0 of it, which has meaning at any t."""
     normalise: Literal["batch", "candidates", "timestep", "none"] = "batch"
     """What w is compared with: all of the batch (R Eq. 13), its own candidates (R Eq. 12), its timestep, or nothing."""
     timestep_weight: Literal["vlb", "simple"] = "vlb"

@@ -10,6 +10,7 @@ number of learners.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +18,32 @@ from typing import Any
 import numpy as np
 import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner import learner_group
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
 from rayft.chain import Chains
+from rayft.rl.module import device_of
 from rayft.seeds import numpy_generator
 from rayft.space import squared_norm
 
 PROBE_ROWS = 512
+
+
+@contextlib.contextmanager
+def gloo_where_nccl_is_missing() -> Iterator[None]:
+    """RLlib connects learners that reserve GPUs by NCCL, which a CPU build of torch lacks: gloo there.
+
+    Such learners exist where Ray counts GPUs that torch cannot use, as in a rehearsal of a placement.
+    """
+    choose: Any = learner_group._get_backend_config
+    if not torch.distributed.is_nccl_available():
+        learner_group._get_backend_config = lambda cls: dataclasses.replace(choose(cls), backend="gloo")
+    try:
+        yield
+    finally:
+        learner_group._get_backend_config = choose
 
 
 class DiffusionLearner(TorchLearner):
@@ -39,6 +57,7 @@ class DiffusionLearner(TorchLearner):
         """(loss, logged) per row, unreduced. ``rows`` holds the batch, ``out`` mu_theta, sigma and log_prob."""
 
     def build(self) -> None:
+        device_of(self.config, "num_gpus_per_learner")
         super().build()
         self._learner_connector = None
         self.scalars: dict[str, float] = {}

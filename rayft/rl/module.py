@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from ray.rllib.utils.framework import get_device
 
 from rayft import domain as domains
 from rayft.chain import Policy, reverse_process
 from rayft.draws import Bench
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+def device_of(config: Any, key: str) -> torch.device:
+    """The device for ``config.key`` GPUs; the CPU (and ``key`` = 0) where Ray counts GPUs that torch cannot see."""
+    if getattr(config, key) > 0 and not torch.cuda.is_available():
+        logger.warning("%s is %s, but torch sees no CUDA device: the CPU is used", key, getattr(config, key))
+        setattr(config, key, 0)
+    return torch.device(get_device(config, getattr(config, key)))
 
 
 class DenoiserModule(TorchRLModule, InferenceOnlyAPI):

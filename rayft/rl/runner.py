@@ -13,7 +13,6 @@ from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SPACES
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.checkpoints import Checkpointable
-from ray.rllib.utils.framework import get_device
 from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
@@ -22,7 +21,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rayft.draws import Draw, DrawFunction
-from rayft.rl.module import DenoiserModule
+from rayft.rl.module import DenoiserModule, device_of
 from rayft.seeds import torch_generator
 
 
@@ -31,8 +30,9 @@ class ChainRunner(EnvRunner, Checkpointable):
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
-        gpus = self.config.num_gpus_per_env_runner if self.worker_index else 0
-        self._device = get_device(self.config, gpus)  # pyright: ignore[reportArgumentType]
+        alone = self.config.num_env_runners == 0  # otherwise the driver's own runner draws nothing
+        self.config.num_gpus_per_env_runner = self.config.num_gpus_per_env_runner if self.worker_index or alone else 0
+        self._device = device_of(self.config, "num_gpus_per_env_runner")
         self._weights_seq_no = 0
         self.make_module()
 
