@@ -13,6 +13,7 @@ import os
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported; otherwise it writes ~/.ray/auth_token
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,18 +27,18 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig as StockPPOConfig
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussian
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussian
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor, nn
 
 from benchmarks import _result
 from rayft.algorithms.base import Credit
-from rayft.algorithms.ppo import PPO, PPOConfig
-from rayft.chain import reverse_process, sample
+from rayft.algorithms.ppo import PPOConfig
+from rayft.chain import sample
 from rayft.domain import Denoiser, Domain
 from rayft.draws import Bench, Draw, draw_current
 from rayft.reward import Reward
@@ -179,7 +180,7 @@ class BareUpdate:
 # -- the rows
 
 
-def built(hidden: int, runners: int = 0) -> PPO:
+def built(hidden: int, runners: int = 0) -> Any:
     """The algorithm as a user builds it."""
     config = PPOConfig().domain("benchmarks.overhead:Plane", hidden=hidden).reward("norm")
     config.training(alpha=ALPHA, chains=NUM_CHAINS, minibatch_size=MINIBATCH, num_epochs=1, lr=LR)
@@ -188,7 +189,8 @@ def built(hidden: int, runners: int = 0) -> PPO:
 
 def in_turn(ours: Callable[[], Any], bare: Callable[[], Any], rounds: int) -> _result.Figure:
     """The ratio of medians over alternating rounds, after one untimed turn of each."""
-    ours(), bare()
+    ours()
+    bare()
     times = []
     for number in range(rounds):
         pair = (ours, bare) if number % 2 else (bare, ours)
@@ -238,10 +240,11 @@ def runner_remote(size: str, rounds: int) -> _result.Figure:
 def runner_stock(size: str, rounds: int) -> _result.Figure:
     """Stock RLlib's runner and episodes on the vector environment, which evaluates the pretrained model as well."""
     world = {"domain": "benchmarks.overhead:Plane", "domain_arguments": {"hidden": HIDDEN[size]}, "flat": True}
-    names = {"entry_point": "rayft.env:make", "vector_entry_point": "rayft.env:make_vector"}
-    gym.register(f"Plane{size}-v0", **names)
+    gym.register(f"Plane{size}-v0", entry_point="rayft.env:make", vector_entry_point="rayft.env:make_vector")
     config = StockPPOConfig().environment(f"Plane{size}-v0", env_config=world)
-    config.env_runners(num_env_runners=0, num_envs_per_env_runner=NUM_CHAINS, gym_env_vectorize_mode="vector_entry_point")
+    config.env_runners(
+        num_env_runners=0, num_envs_per_env_runner=NUM_CHAINS, gym_env_vectorize_mode="vector_entry_point"
+    )
     config.rl_module(rl_module_spec=RLModuleSpec(module_class=StockModule, model_config={"hidden": HIDDEN[size]}))
     runner = SingleAgentEnvRunner(config=config, worker_index=0)
     domain = Plane(HIDDEN[size])
@@ -270,10 +273,14 @@ def learner_update(size: str, rounds: int, num_minibatches: int) -> _result.Figu
     told = {"scalars": credit.scalars, "num_epochs": 1, "minibatch_size": MINIBATCH, "address": (0, 0)}
     told["timesteps"] = {NUM_ENV_STEPS_SAMPLED_LIFETIME: 0}
 
-    def ours() -> Any:
-        return algo.learner_group.update(training_data=TrainingData(batch=credit.chains), **told)
+    batch: Any = credit.chains
 
-    ours(), bare(credit, (0, 0))
+    def ours() -> dict[str, Any]:
+        return algo.learner_group.update(training_data=TrainingData(batch=batch), **told)[0]["default_policy"]
+
+    steps = ours()["num_minibatches"]
+    print(type(steps), steps)
+    bare(credit, (0, 0))
     learned = algo.learner_group.get_weights()["default_policy"]
     for name, value in bare.net.state_dict().items():
         np.testing.assert_allclose(learned[f"denoiser.{name}"], value.numpy(), atol=2e-6)
@@ -288,9 +295,7 @@ def main() -> None:
     torch.set_num_threads(1)
     root = str(Path(__file__).parents[1])
     environment = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=4, include_dashboard=False, logging_level="ERROR", runtime_env={"env_vars": environment}
-    )
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     many, few = (6, 3) if told.quick else (200, 15)
     result = _result.Result("overhead")
     measured = {
@@ -307,8 +312,10 @@ def main() -> None:
         result.figures[name] = measure()
         print(name, result.figures[name], flush=True)
     ray.shutdown()
-    rows = [(name, figure.value, f"{figure.low:.3f} .. {figure.high:.3f}", TARGETS.get(name, ""))
-            for name, figure in result.figures.items()]
+    rows = [
+        (name, figure.value, f"{figure.low:.3f} .. {figure.high:.3f}", TARGETS.get(name, ""))
+        for name, figure in result.figures.items()
+    ]
     _result.show("overhead: speed of ours over that of a bare torch loop", ("", "ratio", "95%", "target"), rows)
     result.write(_result.folder(told))
 

@@ -38,7 +38,7 @@ class Process:
         """T."""
         return self.schedule.num_steps
 
-    def linear_in(self, prediction: Prediction) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def linear_in(self, prediction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keep, gain) of the mean and of x0_hat, both linear in x_t and in the network's output."""
         ab = self.schedule.alpha_bar
         if prediction == "eps":

@@ -185,6 +185,7 @@ class Run:
         else:
             self.algo.set_policy(checkpoint.weights())
             self.event(trip.guard, f"rolled back to iteration {checkpoint.iteration}")
+        self.checkpoint()
 
     # -- what is left on disk
 

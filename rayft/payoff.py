@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rayft.chain import Process, expand
@@ -55,7 +55,7 @@ def uniform_ball(
 
 
 def candidate_weight(
-    rewards: Float[np.ndarray, "cand row"], t: Float[np.ndarray, " row"], tau: float, normalise: Normalise
+    rewards: Float[np.ndarray, "cand row"], t: Int[np.ndarray, " row"], tau: float, normalise: Normalise
 ) -> Float[np.ndarray, "cand row"]:
     """w = exp(r/tau), divided by its mean over what ``normalise`` names; failed candidates (NaN) get 0.
 

@@ -49,7 +49,7 @@ def from_alpha_bar(alpha_bar: Float[Tensor, " T_plus_1"]) -> Schedule:
     return Schedule(alpha_bar.double(), torch.arange(len(alpha_bar)))
 
 
-def from_betas(betas: Float[Tensor, " T"]) -> Schedule:
+def from_betas(betas: Tensor) -> Schedule:
     """A schedule from beta_1 .. beta_T (DDPM's usual table, without an entry for t = 0)."""
     betas = torch.as_tensor(betas).double()
     if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):

@@ -14,7 +14,7 @@ import torch
 
 
 def address(seed: int, iteration: int, purpose: str, index: int = 0) -> int:
-    """A 63-bit seed that belongs to this draw alone."""
+    """A seed for this draw: 63 bits, of which torch's CPU generator keeps 32 and numpy's all."""
     text = f"{seed}/{iteration}/{purpose}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 

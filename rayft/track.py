@@ -90,12 +90,13 @@ def _tensorboard(_: bool, run: Path, config: Mapping[str, Any], first: int) -> B
     Not SummaryWriter: its flush leaves rows in a queue, and a killed run loses those that its resume does not repeat.
     """
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
     from tensorboardX.summary import scalar
 
-    parts = len(list((run / "tensorboard").glob("events.out.tfevents.*")))
-    suffix = f".{parts:04d}"  # parts of one second would share a name
-    writer = EventsWriter(str(run / "tensorboard" / "events"), suffix)
+    folder = run / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    suffix = f".{len(list(folder.iterdir())):04d}"  # parts of one second would share a name
+    writer = EventsWriter(str(folder / "events"), suffix)
     writer.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def log(iteration: int, row: dict[str, float]) -> None:

@@ -10,8 +10,11 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+CHECKED = ("schedule", "space", "chain", "credit", "losses", "payoff")
+install_import_hook([f"rayft.{name}" for name in CHECKED], "beartype.beartype")  # shapes are checked in tests only
 
 
 @pytest.fixture(scope="session")

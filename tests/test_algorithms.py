@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import ray
 
 from rayft import domain as domains
 from rayft.reward import Reward
@@ -143,4 +144,29 @@ def test_a_reward_that_kills_its_actor_costs_a_share_and_the_run_goes_on(ray_ses
     algo = small("ppo", reward=f"{__file__}:Deadly", chains=256).scoring(actors=4).build_algo()
     for _ in range(2):
         assert np.isfinite(algo.train()["reward_mean"])
+    algo.stop()
+
+
+def test_a_reward_actor_loads_neither_torch_nor_rllib(ray_session):
+    def loaded(scorer):
+        import sys
+
+        return [name for name in ("torch", "ray.rllib", "gymnasium") if name in sys.modules]
+
+    algo = small("ppo").scoring(actors=1).build_algo()
+    assert ray.get(algo.pool.actors[0].__ray_call__.remote(loaded)) == []
+    algo.stop()
+
+
+def test_the_moving_average_is_what_is_evaluated_and_lags_the_weights(ray_session):
+    algo = small("ppo", ema=0.9).build_algo()
+    start = algo.policy_state("reference")
+    for _ in range(2):
+        algo.train()
+    fast, slow = algo.policy_state(), algo.policy_state("ema")
+    moved = sum(float(np.abs(fast[k] - start[k]).sum()) for k in start)
+    lagging = sum(float(np.abs(slow[k] - start[k]).sum()) for k in start)
+    assert 0 < lagging < moved
+    runner = algo.env_runner.module
+    assert all((runner.ema.state_dict()[k].numpy() == slow[k]).all() for k in slow)
     algo.stop()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import shlex
 import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 import ray
@@ -20,7 +15,6 @@ from safetensors.torch import save_file
 from test_store import make_run
 from torch import nn
 
-from rayft.algorithms.ppo import PPOConfig
 from rayft.cli import main
 
 CODE = '''

@@ -164,7 +164,7 @@ def test_predicted_noise_that_says_nothing_of_x_0_is_refused_in_a_sentence():
 
 def test_an_unknown_prediction_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="a denoiser predicts 'eps', 'x0' or 'v'; this one says 'score'"):
-        Policy(lambda x, t, c: x, PROCESSES["beta"], FullSpace(), "score")
+        PROCESSES["beta"].linear_in("score")
 
 
 def test_forward_noise_has_the_marginals_mean_and_variance():

@@ -147,7 +147,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
         if json.loads(line).get("iteration") == 3.0:
             process.send_signal(signal.SIGINT)
             break
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"rayft run --resume {tmp_path / 'toy_ppo'}" in err
     assert "Traceback" not in err

@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-import pytest
-import torch
 
 from rayft import domain, loop, spec, store
 

@@ -64,7 +64,7 @@ class PPO(DiffusionRL):
         kept = draw.chains.keep("log_prob", "mean_ref")
         chains = kept.with_columns(advantage=advantage.astype(dtype), alive=alive.astype(dtype))
         spread = {"advantage_scale": scale, "advantage_max": float(np.abs(advantage).max())}
-        return Credit(chains, {"kl_weight": alpha / scale if scale > 1e-8 else 1.0}, spread)
+        return Credit(chains, {"kl_weight": alpha / scale if scale > 1e-8 else float(alpha > 0)}, spread)
 
 
 class PPOConfig(DiffusionConfig):

@@ -1,0 +1,85 @@
+"""Algorithms under the reward-KL frontier, as SVG by hand: it needs no package and shows in any browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from rayft.evaluate import Frontier
+from rayft.store import write_text
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 460, 70, 60, 50, 190
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy; ``label`` stands beside it, ``series`` in the legend."""
+
+    series: str
+    kl: float
+    reward: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """From numbers to places."""
+
+    kl: tuple[float, float]
+    reward: tuple[float, float]
+
+    def x(self, kl: float) -> float:
+        return LEFT + (kl - self.kl[0]) / (self.kl[1] - self.kl[0]) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, reward: float) -> float:
+        return HEIGHT - BOTTOM - (reward - self.reward[0]) / (self.reward[1] - self.reward[0]) * (HEIGHT - BOTTOM - TOP)
+
+    def holds(self, point: Point) -> bool:
+        return self.kl[0] <= point.kl <= self.kl[1] and self.reward[0] <= point.reward <= self.reward[1]
+
+
+def write(path: Path, title: str, frontier: Frontier, points: Sequence[Point], max_kl: float = 12.0) -> None:
+    """The frontier, the pretrained model and the points; those outside are counted, not drawn."""
+    top = frontier.reward_at(max_kl)
+    span = top - frontier.baseline
+    axes = _Axes((0.0, max_kl), (frontier.baseline - 0.1 * span, top + 0.05 * span))
+    curve = [(kl, frontier.reward_at(float(kl))) for kl in np.linspace(0, max_kl, 121)]
+    line = " ".join(f"{axes.x(kl):.1f},{axes.y(reward):.1f}" for kl, reward in curve)
+    drawn = [point for point in points if axes.holds(point)]
+    parts = [*_frame(axes, title), f'<polyline points="{line}" fill="none" stroke="black" stroke-width="1.5"/>']
+    series = list(dict.fromkeys(point.series for point in points))
+    for point in drawn:
+        x, y, colour = axes.x(point.kl), axes.y(point.reward), COLOURS[series.index(point.series) % len(COLOURS)]
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        parts.append(_text(x + 6, y + 12, point.label, size=10, colour=colour))
+    legend = [("frontier", "black"), *((name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(series))]
+    for row, (name, colour) in enumerate(legend):
+        parts.append(_text(WIDTH - RIGHT + 15, TOP + 15 + 20 * row, name, colour=colour))
+    if len(drawn) < len(points):
+        told = f"{len(points) - len(drawn)} outside the picture"
+        parts.append(_text(WIDTH - RIGHT + 15, TOP + 15 + 20 * len(legend), told, size=11, colour="gray"))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">'
+    write_text(path, "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n")
+    print(f"wrote {path}")
+
+
+def _frame(axes: _Axes, title: str) -> list[str]:
+    left, right, low, high = axes.x(axes.kl[0]), axes.x(axes.kl[1]), axes.y(axes.reward[0]), axes.y(axes.reward[1])
+    box = f'<rect x="{left}" y="{high}" width="{right - left}" height="{low - high}" fill="none" stroke="gray"/>'
+    parts = [box, _text(left, 28, title, size=15)]
+    kls = np.arange(axes.kl[0], axes.kl[1] + 1e-9, 2)
+    rewards = np.arange(np.ceil(axes.reward[0] * 2) / 2, axes.reward[1], 0.5)
+    parts += [_text(axes.x(kl), low + 18, f"{kl:g}", anchor="middle") for kl in kls]
+    parts += [_text(left - 8, axes.y(reward) + 4, f"{reward:g}", anchor="end") for reward in rewards]
+    parts.append(_text((left + right) / 2, HEIGHT - 15, "chain KL to the pretrained model (nats)", anchor="middle"))
+    return [*parts, _text(left, high - 7, "mean reward", size=11, colour="gray")]
+
+
+def _text(x: float, y: float, words: str, size: int = 12, colour: str = "black", anchor: str = "start") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"'
+    return f"<text {place}>{escape(words)}</text>"
