@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from benchmarks import _ceiling, _picture, _result
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than 0 to 4")
     told = parser.parse_args()
     torch.set_num_threads(1)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     plan = QUICK if told.quick else Plan()
     plan = dataclasses.replace(plan, seeds=told.seeds) if told.seeds else plan
     toy, result = Toy(plan), _result.Result("optimum")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def run(told: argparse.Namespace) -> int:
         print(plan(spec))
         return 0
     spec.tried()
+    _reachable(told.address)
     found = None if folder is None else store.newest(folder)
     if found is not None:
         store.continues(found, spec.full())
@@ -67,9 +69,14 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
 
     fresh = folder is None
     folder = loop.create_folder(spec) if folder is None else folder
+    try:
+        _start_ray(told.address, spec)
+    except ValueError:
+        if fresh:
+            shutil.rmtree(folder)
+        raise
     view = display.choose(told.quiet)
     try:
-        _start_ray(told.address)
         run = loop.Run(spec, folder, view, trust=told.trust)
         row = run.execute(resume=not fresh)
     finally:
@@ -95,15 +102,33 @@ def _folder_to_resume(resume: Any, spec: Any) -> Path | None:
     return max(found, key=lambda p: (p / "run.json").stat().st_mtime if (p / "run.json").is_file() else 0)
 
 
-def _start_ray(address: str | None) -> None:
+def _reachable(address: str | None) -> None:
+    """Ray itself would try for two minutes and then end the process."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if address and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            why = f"no Ray answers at {address} ({error.strerror or error})"
+            raise ValueError(f"{why}; start one with `ray start --head`, or leave --address out") from None
+
+
+def _start_ray(address: str | None, spec: Any) -> None:
     import logging
 
     import ray
+
+    from rayft.plan import shortage
 
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not ray.is_initialized():
         ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    lacking = shortage(spec, ray.cluster_resources())
+    if lacking and address is None:
+        raise ValueError(f"{lacking}; lower resources or scoring.actors, or join a larger cluster with --address")
+    if lacking:
+        print(f"{lacking}: the run waits until there is more", file=sys.stderr)
 
 
 def evaluate(told: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -174,7 +175,9 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch tells its own developers about protocols it has not seen
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file fails in many ways, and torch's words for one with code in it advise to run it
         raise ValueError(
             f"{path} is damaged or holds more than tensors; write it with torch.save(net.state_dict(), ...)"

@@ -63,11 +63,13 @@ class Run:
 
     def execute(self, resume: bool) -> dict[str, Any]:
         """Runs to the end and returns the final row; ``run.json`` says how it ended."""
+        if self.spec.resources.torch_threads is not None:
+            torch.set_num_threads(self.spec.resources.torch_threads)
         self.table = Table(self.folder / "metrics.csv")
         self.note(status="running", started=now(), command=sys.argv, spec_file="config.yaml", **facts(self.spec))
         with self.signals():
             self.open(resume)
-            self.trackers: list[Tracker] = open_trackers(self.spec.track, self.folder, self.spec.model_dump())
+            self.trackers: list[Tracker] = open_trackers(self.spec.track, self.folder, self.spec.full())
             self.started = time.monotonic() - self.table.last("time_s", 0.0)
             status = "finished"
             try:

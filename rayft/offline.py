@@ -21,6 +21,8 @@ def judged(checkpoint: Checkpoint, chains: int, pretrained: int, alpha: float | 
     """A verdict on fresh samples; ``alpha`` defaults to the run's own."""
     told = checkpoint.card["config"]
     alpha = alpha or told["evaluate"]["alpha"] or told["training"].get("alpha")
+    if told["chain"]["eta"] != 1:
+        alpha = None  # x_T decides too much of x_0 for J* to be attainable (math, Sec. 2)
     bench, scorer = checkpoint.bench(), _scorer(checkpoint)
     samples = []
     for draw, count, purpose in ((draw_pretrained, pretrained, "pretrained"), (draw_current, chains, "evaluate")):

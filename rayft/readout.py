@@ -65,18 +65,22 @@ def read(run: Path, alpha: float | None) -> Found:
     """Everything a report needs, as far as it is there."""
     found = Found(run, alpha)
 
-    def mapping(name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-        told = parse((run / name).read_text("utf-8", errors="replace"))
-        assert isinstance(told, dict), f"it holds {type(told).__name__}, not a mapping"
+    def checked(told: Any) -> dict[str, Any]:
+        if not isinstance(told, dict):
+            raise ValueError(f"{type(told).__name__} where a mapping should be")
         return told
 
-    def events() -> list[dict[str, Any]]:
-        path = run / "events.jsonl"  # there only once a guard has spoken
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+    def text(name: str) -> str:
+        return (run / name).read_text("utf-8", errors="replace")
 
-    found.run = found.attempt("run.json", lambda: mapping("run.json", json.loads), {})
-    found.config = found.attempt("config.yaml", lambda: mapping("config.yaml", yaml.safe_load), {})
+    def events() -> list[dict[str, Any]]:
+        if not (run / "events.jsonl").is_file():  # there only once a guard has spoken
+            return []
+        *whole, _ = text("events.jsonl").split("\n")
+        return [checked(json.loads(line)) for line in whole]
+
+    found.run = found.attempt("run.json", lambda: checked(json.loads(text("run.json"))), {})
+    found.config = found.attempt("config.yaml", lambda: checked(yaml.safe_load(text("config.yaml"))), {})
     found.events = found.attempt("events.jsonl", events, [])
     found.rows = found.attempt("metrics.csv", lambda: Table(run / "metrics.csv").rows, [])
     if not found.rows:

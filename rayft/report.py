@@ -148,8 +148,8 @@ def _guards(found: Found) -> str:
     for event in found.events:
         spoken.setdefault((event.get("guard", ""), event.get("message", "")), []).append(event.get("iteration", "?"))
     said = "".join(
-        f'<li>{_safe(text)} <span class="soft">{_safe(guard)}, iteration {_safe(at[0])}'
-        f"{f' and {len(at) - 1} more, the last {_safe(at[-1])}' if len(at) > 1 else ''}</span></li>"
+        f'<li>{_safe(text)} <span class="soft">({_safe(guard)}, iteration {_safe(at[0])}'
+        f"{f' and {len(at) - 1} more, the last {_safe(at[-1])}' if len(at) > 1 else ''})</span></li>"
         for (guard, text), at in spoken.items()
     )
     return f"<ul>{said}</ul>" if said else '<p class="soft">No guard spoke.</p>'

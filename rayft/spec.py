@@ -22,7 +22,7 @@ from rayft import algorithms, domain, imports
 from rayft.algorithms.config import SECTIONS, DiffusionConfig
 from rayft.score import Scorer
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, check, sentence
-from rayft.track import TrackSettings
+from rayft.track import TrackSettings, open_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ResourceSettings:
 
     __pydantic_config__ = STRICT
 
+    torch_threads: Count | None = None
+    """Threads of the driver's torch, all cores by default; 1 is fastest for small networks and on shared machines."""
     num_env_runners: CountOrZero = 0
     """Remote runners; 0 samples in the driver."""
     num_cpus_per_env_runner: NonNegative = 1
@@ -129,6 +131,7 @@ class RunSpec(BaseModel):
         if config.num_gpus_per_env_runner == config.num_gpus_per_learner == 0:
             domain.try_out(world, self.weights)
         scoring = config.section("scoring")
+        open_trackers(self.track, Path(), {})
         if scoring.actors == 0:
             Scorer(config.reward_path, config.reward_arguments, world.rewards, world.decoder, scoring.undecodable)
         return config

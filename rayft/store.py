@@ -99,7 +99,7 @@ def save(
         full["rllib_sha256"] = tree_hash(temporary / "rllib")
         (temporary / "card.json").write_text(json.dumps(full, indent=1))
         _sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        _drop(folder)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -147,7 +147,7 @@ def prune(run: Path, keep: int) -> None:
     spared = best(run)
     for folder in sorted((run / "checkpoints").glob("iteration_*"))[:-keep]:
         if spared is None or folder != spared.path:
-            shutil.rmtree(folder, ignore_errors=True)
+            _drop(folder)
 
 
 def trusted(checkpoint: Checkpoint, trust: bool) -> None:
@@ -218,6 +218,14 @@ def _open(path: Path) -> Checkpoint:
     if missing:
         raise ValueError(f"{path / 'card.json'} lacks {', '.join(missing)}; use an earlier checkpoint")
     return Checkpoint(path, card)
+
+
+def _drop(folder: Path) -> None:
+    """Out of sight in one step, then gone: a deletion that is cut short leaves no half checkpoint behind."""
+    for left in folder.parent.glob(".iteration_*.old"):
+        shutil.rmtree(left, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

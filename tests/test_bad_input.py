@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import ray
 import torch
+import yaml
 from safetensors.torch import save_file
 from test_store import make_run
 from torch import nn
 
+from rayft.algorithms.ppo import PPOConfig
 from rayft.cli import main
 
 CODE = '''
@@ -335,6 +341,8 @@ CASES = {
     "no name": (f"""{RUN} "name=''" """, "''", "folder"),
     "an output below a file": (f"{RUN} output=mine.py/runs", "cannot write to mine.py/runs", "output=FOLDER"),
     "an output where nobody writes": (f"{RUN} output=/proc/rayft", "cannot write to /proc/rayft", "output=FOLDER"),
+    "a tracker that is not installed": (f"{RUN} track.mlflow=http://x", "track.mlflow", "pip install rayft[mlflow]"),
+    "a cluster that is not there": (f"{RUN} --address 127.0.0.1:1", "no Ray answers at 127.0.0.1:1", "ray start"),
     # resuming
     "resuming nothing": ("run --resume nowhere", "nowhere is not a run", "config.yaml"),
     "resuming a name that never ran": (f"{RUN} --resume", "no run named 'toy_ppo'", "without --resume"),
@@ -395,6 +403,10 @@ def contents(folder):
     return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
+if importlib.util.find_spec("mlflow"):
+    del CASES["a tracker that is not installed"]
+
+
 @pytest.mark.parametrize("what", CASES)
 def test_a_mistake_ends_in_one_sentence_and_starts_nothing(what, shelf, monkeypatch, capfd):
     command, *words = CASES[what]
@@ -409,3 +421,105 @@ def test_a_mistake_ends_in_one_sentence_and_starts_nothing(what, shelf, monkeypa
     assert out == ""
     assert contents(shelf) == before, "something was written"
     assert ray.is_initialized() == ray_before, "Ray was started"
+
+
+def test_a_mistake_leaves_nothing_else_on_the_screen_of_a_real_process(shelf):
+    commands = ["run toy_ppo training.lr=-1", "run toy_ppo weights=evil.pt", "sample made/cut_weights"]
+    waiting = [
+        subprocess.Popen([sys.executable, "-m", "rayft.cli", *command.split()], cwd=shelf, stderr=subprocess.PIPE)
+        for command in commands
+    ]
+    for command, process in zip(commands, waiting, strict=True):
+        said = process.communicate(timeout=120)[1].decode()
+        assert (process.returncode, said.count("\n"), said[:7]) == (2, 1, "rayft: "), (command, said)
+
+
+SMALL = "training.chains=16 training.minibatch_size=16 chain.num_steps=4 evaluate.chains=8 evaluate.pretrained_chains=8"
+
+REWARDS = """
+def three(samples):
+    return [0.0, 1.0, 2.0]
+
+def mean(samples):
+    return 0.5
+
+def words(samples):
+    return ["good" for _ in samples]
+
+def raising(samples):
+    raise KeyError("affinity")
+
+def silent(samples):
+    return [None for _ in samples]
+"""
+
+# a reward that is wrong: what the sentence says of it
+AT_RUN_TIME = {
+    "three": "returned (3,) for 1 samples; return one number per sample",
+    "mean": "TypeError: 'float' object is not iterable",
+    "words": "could not convert string to float: 'good'",
+    "raising": "KeyError: 'affinity'",
+    "silent": "the reward failed on all 8 samples",
+}
+
+
+@pytest.mark.parametrize("reward", AT_RUN_TIME)
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_reward_that_always_fails_ends_in_one_sentence(ray_session, tmp_path, capfd, reward, actors):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    told = [f"reward={tmp_path}/rewards.py:{reward}", f"output={tmp_path / 'runs'}", f"scoring.actors={actors}"]
+    code = main(["run", "toy_ppo", *SMALL.split(), *told])
+    said = capfd.readouterr().err
+    assert code == 2
+    assert said.startswith("rayft: the reward failed on all 8 samples") and said.count("\n") == 1, said
+    assert AT_RUN_TIME[reward] in said
+
+
+def test_asking_for_more_than_the_machine_has_does_not_wait_for_ever(ray_session, tmp_path, capfd):
+    code = main(["run", "toy_ppo", "resources.num_env_runners=3", "scoring.actors=2", f"output={tmp_path}"])
+    said = capfd.readouterr().err
+    assert code == 2
+    assert "ask for 5 CPU, Ray has 4" in said and "scoring.actors" in said
+    assert contents(tmp_path) == set()
+
+
+# section, key, a value that it cannot have
+BAD_VALUES = [
+    ("training", "lr", -1),
+    ("training", "lr", "abc"),
+    ("training", "lr", None),
+    ("training", "lr", float("nan")),
+    ("training", "lr", True),
+    ("training", "alpha", -0.5),
+    ("training", "clip", [1]),
+    ("training", "chains", 0),
+    ("training", "chains", 2.5),
+    ("training", "ema", 1),
+    ("training", "precision", "half"),
+    ("training", "target_kl", float("inf")),
+    ("training", "minibatch_size", 10**9),
+    ("training", "microbatches", 7),
+    ("chain", "num_steps", 0),
+    ("chain", "num_steps", 1000),
+    ("chain", "eta", 0.5),
+    ("evaluate", "chains", -1),
+    ("evaluate", "min_diversity", 1),
+    ("scoring", "actors", "two"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value"), BAD_VALUES)
+def test_yaml_python_and_tune_meet_the_same_sentence(tmp_path, capfd, section, key, value):
+    told = {"algorithm": "ppo", "domain": "toy", "reward": "quadratic", section: {key: value}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(told))
+    assert main(["run", str(tmp_path / "run.yaml"), f"output={tmp_path}"]) == 2
+    sentence = capfd.readouterr().err.removeprefix("rayft: ").strip()
+    assert section in sentence or key in sentence
+
+    config = PPOConfig().domain("toy").reward("quadratic")
+    getattr(config, section)(**{key: value})
+    searched = PPOConfig().domain("toy").reward("quadratic")
+    searched.update_from_dict({key if section == "training" else f"{section}_{key}": value})
+    for one in (config, searched):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            one.validate()

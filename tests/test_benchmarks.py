@@ -29,8 +29,8 @@ def figures(name: str, out: Path) -> dict[str, float]:
 
 def test_the_overhead_benchmark_runs_and_no_ratio_is_absurd(tmp_path: Path):
     told = figures("overhead", tmp_path)
-    wide = ("runner/local/wide", "runner/remote/wide", "learner/update")
-    assert all(told[name] > 0.6 for name in wide)
+    assert told["runner/local/wide"] > 0.6 and told["learner/update"] > 0.5
+    assert told["runner/remote/wide"] > 0.2
     assert told["runner/stock"] < 0.5 < told["runner/local/small"]
 
 

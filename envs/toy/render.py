@@ -15,7 +15,7 @@ def scatter(panels: Mapping[str, np.ndarray], num_points: int = 1000) -> Any:
     figure = make_subplots(cols=len(panels), rows=1, subplot_titles=list(panels), shared_yaxes=True)
     for column, x_0 in enumerate(panels.values(), start=1):
         points = x_0[:num_points]
-        marker = {"size": 4, "opacity": 0.5, "color": "#2a6f97"}
+        marker = {"size": 4, "opacity": 0.5, "color": "#4c9bd1"}
         figure.add_scatter(x=points[:, 0], y=points[:, 1], mode="markers", marker=marker, row=1, col=column)
         figure.update_xaxes(range=[-2.5, 2.5], row=1, col=column)
     figure.update_yaxes(range=[-2.5, 2.5])

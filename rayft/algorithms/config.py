@@ -222,7 +222,12 @@ class DiffusionConfig(AlgorithmConfig):
         return domains.build(self.domain_path, self.domain_arguments)
 
     def evaluation_alpha(self) -> float | None:
-        """Where J and J* are read: ``evaluate.alpha``, else the algorithm's alpha, else nowhere."""
+        """Where J and J* are read: ``evaluate.alpha``, else the algorithm's alpha, else nowhere.
+
+        Nor for eta < 1, where x_T decides too much of x_0 for J* to be attainable (math, Sec. 2).
+        """
+        if self.section("chain").eta != 1:
+            return None
         own = getattr(self, "alpha", None)
         return self.section("evaluate").alpha or (float(own) if own else None)
 
