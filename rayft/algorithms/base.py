@@ -151,9 +151,7 @@ class DiffusionRL(Algorithm):
         self.counts["failed"] += scores.num_failed
         if scores.num_failed == len(scores.rewards):
             why = f": {scores.reasons[0]}" if scores.reasons else ""
-            raise ValueError(
-                f"the reward failed on all {scores.num_failed} samples of iteration {self.iteration}{why}"
-            )
+            raise ValueError(f"the reward failed on all {scores.num_failed} samples of iteration {self.iteration}{why}")
         return scores
 
     def learn(self, credit: Credit) -> None:
