@@ -190,18 +190,20 @@ class Ledger:
         return Job(algorithm, seed, {**settings, "iterations": iterations, **training})
 
 
-def attained_rows(ledger: Ledger, algorithm: str, result: _result.Result) -> list[list[object]]:
-    """One line of the table per alpha: the mean over seeds."""
-    lines, longest = [], 0.0
+def attained_rows(ledger: Ledger, algorithm: str, result: _result.Result) -> tuple[list[Any], list[_picture.Point]]:
+    """One line of the table, and one point of the picture, per alpha: means over seeds."""
+    lines, points, longest = [], [], 0.0
     for alpha in ledger.plan.alphas:
         rows = [ledger.row(ledger.job(algorithm, seed, alpha=alpha)) for seed in ledger.plan.seeds]
         share = _result.over_seeds([ledger.toy.attained(row.objective(alpha), alpha) for row in rows])
         taken = max(row.seconds for row in rows)
         longest = max(longest, taken)
         result.figures[f"attained/{algorithm}/{alpha}"] = share
-        lines.append([algorithm, alpha, str(share), float(np.mean([row.kl for row in rows])), f"{taken:.1f}"])
+        kl, reward = (float(np.mean([getattr(row, name) for row in rows])) for name in ("kl", "reward"))
+        lines.append([algorithm, alpha, str(share), kl, f"{taken:.1f}"])
+        points.append(_picture.Point(f"{algorithm}, by alpha", kl, reward, str(alpha)))
     result.figures[f"seconds/{algorithm}"] = _result.Figure(longest)
-    return lines
+    return lines, points
 
 
 def exact_rows(toy: Toy, result: _result.Result) -> list[list[object]]:
@@ -231,7 +233,7 @@ def grid(ledger: Ledger, frontier: evaluate.Frontier, result: _result.Result) ->
         for radius, row in zip(ledger.plan.radii, rows, strict=True):
             cells[temperature, radius] = share(row) if row.kl <= MAX_KL else -math.inf
             result.figures[f"frontier/rgdm/{temperature:g}/{radius:g}"] = _result.Figure(share(row))
-            points.append(_picture.Point(f"RGDM, tau {temperature:g}", row.kl, row.reward, f"{radius:g}"))
+            points.append(_picture.Point(f"RGDM tau {temperature:g}, by radius", row.kl, row.reward, f"{radius:g}"))
         lines.append([f"tau {temperature:g}", *(f"{share(row):.3f} (KL {row.kl:.1f})" for row in rows)])
     temperature, radius = max(cells, key=cells.__getitem__)
     best = [ledger.row(ledger.job("rgdm", s, temperature=temperature, radius=radius)) for s in ledger.plan.seeds]
@@ -267,15 +269,16 @@ def main() -> None:
     plan = dataclasses.replace(plan, seeds=told.seeds) if told.seeds else plan
     toy, result = Toy(plan), _result.Result("optimum")
     ledger, frontier = Ledger(toy, plan, told.parts), evaluate.frontier(toy.rewards)
-    lines = exact_rows(toy, result)
+    lines, points = exact_rows(toy, result), []
     for algorithm in ("ceiling", "ppo", "rwmle"):
-        lines += attained_rows(ledger, algorithm, result)
-    cells, points = grid(ledger, frontier, result)
+        more, found = attained_rows(ledger, algorithm, result)
+        lines, points = lines + more, points + found
+    cells, found = grid(ledger, frontier, result)
     tell(plan, result, lines, cells)
     folder = _result.folder(told)
     result.write(folder)
     if folder is not None:
-        _picture.write(folder / "optimum.svg", "RGDM on the toy, by radius", frontier, points)
+        _picture.write(folder / "optimum.svg", "The toy: reward against KL", frontier, points + found)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def save(
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"checkpoint {folder.name} could not be written ({reason}); the one before it is whole: "
-            f"free space or set output=FOLDER, then resume"
+            f"free some space, then continue with: rayft run --resume {folder.parents[1]}"
         ) from None
     return Checkpoint(folder, full)
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.picture RUN``: the README's picture, samples of a toy run before, after and at the optimum.
+"""``python -m benchmarks._toy RUN``: the README's picture, samples of a toy run before, after and at the optimum.
 
 Writes benchmarks/results/toy.svg from the run's own files; the optimum is p_pre resampled with exp(r/alpha).
 """
@@ -46,7 +46,7 @@ def draw(found: dict[str, np.ndarray]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("give the folder of a finished toy run: python -m benchmarks.picture runs/toy_ppo")
+        sys.exit("give the folder of a finished toy run: python -m benchmarks._toy runs/toy_ppo")
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(draw(panels(Path(sys.argv[1]))))
     print(OUT)
