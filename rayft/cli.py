@@ -44,6 +44,8 @@ def run(told: argparse.Namespace) -> int:
 
     if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
         told.resume, told.file = told.file, None
+    if isinstance(told.resume, str) and "=" in told.resume and not Path(told.resume).exists():
+        told.overrides, told.resume = [*told.overrides, told.resume], True  # `--resume key=value`: no folder is meant
     spec = None if told.file is None else specs.read(told.file, told.overrides)
     folder = _folder_to_resume(told.resume, spec)
     if spec is None:

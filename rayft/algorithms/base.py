@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,8 @@ class DiffusionRL(Algorithm):
     def cleanup(self) -> None:
         self.pool.stop()
         super().cleanup()
+        with contextlib.suppress(OSError):  # outside Tune, Ray leaves an empty folder in ~/ray_results per algorithm
+            Path(self.logdir).rmdir()
 
     def training_step(self) -> None:
         self.verdict = None
