@@ -84,7 +84,7 @@ class DiffusionRL(Algorithm):
         self.pool.stop()
         super().cleanup()
         with contextlib.suppress(OSError):  # outside Tune, Ray leaves an empty folder in ~/ray_results per algorithm
-            Path(self.logdir).rmdir()
+            Path(str(self.logdir)).rmdir()
 
     def training_step(self) -> None:
         self.verdict = None
