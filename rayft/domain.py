@@ -186,7 +186,12 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
 
 
 def fit(net: nn.Module, state: Any, source: str) -> None:
-    """Puts a state dict into a network, or names the first entry that is not as the network has it."""
+    """Puts a state dict into a network, or names the first entry that is not as the network has it.
+
+    A Denoiser takes its own state dict or that of the module it was made from, as ``rayft export`` writes it.
+    """
+    if isinstance(net, Denoiser) and isinstance(state, Mapping) and set(state) == set(net.exported().state_dict()):
+        net = net.exported()
     own, given = _shapes(net.state_dict()), _shapes(state if isinstance(state, Mapping) else {"": state})
     for key in [*own, *given]:
         if own.get(key) != given.get(key):

@@ -51,6 +51,7 @@ class Run:
     trust: bool = False
     algo: Any = None  # a DiffusionRL once open
     guards: list[Guard] = field(default_factory=list)
+    trackers: list[Tracker] = field(default_factory=list)
     interrupted: bool = False
     failures: int = 0
     started: float = 0.0
@@ -68,24 +69,30 @@ class Run:
         self.table = Table(self.folder / "metrics.csv")
         self.note(status="running", started=now(), command=sys.argv, spec_file="config.yaml", **facts(self.spec))
         with self.signals():
-            self.open(resume)
-            self.trackers: list[Tracker] = open_trackers(self.spec.track, self.folder, self.spec.full())
-            self.started = time.monotonic() - self.table.last("time_s", 0.0)
-            status = "finished"
             try:
-                while self.algo.iteration < self.spec.iterations and not self.interrupted:
-                    trip = self.step()
-                    if trip is not None:
-                        status = f"stopped: {trip.message}"
-                        break
-                if self.interrupted:
-                    status = "interrupted"
-                    self.checkpoint()
-                return self.finish(status)
+                self.open(resume)
+                self.trackers = open_trackers(self.spec.track, self.folder, self.spec.full())
+                self.started = time.monotonic() - self.table.last("time_s", 0.0)
+                return self.finish(self.iterate())
+            except BaseException as error:
+                self.note(status=f"failed: {error or type(error).__name__}")
+                raise
             finally:
                 for tracker in self.trackers:
                     tracker.close()
-                self.algo.stop()
+                if self.algo is not None:
+                    self.algo.stop()
+
+    def iterate(self) -> str:
+        """Steps until the end, a guard's trip or Ctrl-C; how it ended."""
+        while self.algo.iteration < self.spec.iterations and not self.interrupted:
+            trip = self.step()
+            if trip is not None:
+                return f"stopped: {trip.message}"
+        if self.interrupted:
+            self.checkpoint()
+            return "interrupted"
+        return "finished"
 
     def open(self, resume: bool) -> None:
         """Builds the algorithm, from the newest checkpoint where the run is resumed."""
@@ -171,7 +178,7 @@ class Run:
         self.failures += 1
         reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
         if self.failures > self.spec.checkpoint.max_failures:
-            raise RuntimeError(f"gave up after {self.failures} failures, the last: {reason}") from error
+            raise ValueError(f"gave up after {self.failures} failures, the last: {reason}") from error
         self.event("failure", f"{reason}; starting again from the last checkpoint")
         with contextlib.suppress(Exception):
             self.algo.stop()

@@ -20,6 +20,8 @@ BATCH = 4096
 def judged(checkpoint: Checkpoint, chains: int, pretrained: int, alpha: float | None, seed: int) -> Verdict:
     """A verdict on fresh samples; ``alpha`` defaults to the run's own."""
     told = checkpoint.card["config"]
+    if alpha is not None and told["chain"]["eta"] != 1:
+        raise ValueError("J* is not attainable for eta < 1, where x_T decides too much of x_0: leave --alpha out")
     alpha = alpha or told["evaluate"]["alpha"] or told["training"].get("alpha")
     if told["chain"]["eta"] != 1:
         alpha = None  # x_T decides too much of x_0 for J* to be attainable (math, Sec. 2)

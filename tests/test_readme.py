@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -64,6 +65,8 @@ def test_a_plain_module_and_a_reward_function_in_one_file_are_fine_tuned_and_exp
     tuned = torch.load(elsewhere / "tuned.pt", weights_only=True)
     assert any((tuned[k] != v).any() for k, v in net.state_dict().items()), "nothing was trained"
     net.load_state_dict(tuned)
+    again = [*small, "iterations=1", "weights=./tuned.pt", "name=again"]
+    run("-m", "rayft.cli", "run", str(home / "digits.py"), "--dry-run", *again, cwd=elsewhere)
 
 
 def test_every_line_of_the_paper_map_leads_to_a_function_and_its_test():
@@ -78,6 +81,17 @@ def test_every_line_of_the_paper_map_leads_to_a_function_and_its_test():
         assert callable(found), path
         text = (ROOT / test).read_text()
         assert (rest or first) in text or module.rpartition(".")[2] in text, f"{test} does not speak of {path}"
+
+
+def test_every_measured_figure_of_the_readme_is_the_benchmark_s():
+    figures = {}
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        figures |= json.loads(path.read_text())
+    rows = re.findall(r"^\| .+? \| `([a-z/0-9._]+)` \| ([0-9.]+) \|", README, re.MULTILINE)
+    assert len(rows) >= 10
+    for name, printed in rows:
+        digits = len(printed.partition(".")[2])
+        assert float(printed) == pytest.approx(figures[name], abs=0.51 * 10**-digits), name
 
 
 @pytest.mark.parametrize("target", re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE))

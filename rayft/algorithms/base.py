@@ -141,7 +141,7 @@ class DiffusionRL(Algorithm):
                         self.metrics.aggregate([stats], key=ENV_RUNNER_RESULTS)
             idle_rounds = 0 if len(done) > before else idle_rounds + 1
             if idle_rounds > 20:
-                raise RuntimeError(f"no runner could draw: {str(error).strip().splitlines()[-1]}") from None
+                raise ValueError(f"no runner could draw: {str(error).strip().splitlines()[-1]}") from None
             if idle_rounds:
                 self.restore_env_runners(group)
                 self.sync()
