@@ -258,7 +258,7 @@ CASES = {
     # overrides
     "an override without =": (f"{RUN} seed", "'seed' is not an override", "key=value"),
     "an override without a key": (f"{RUN} =3", "'=3' is not an override", "key=value"),
-    "an override of a number as a mapping": (f"{RUN} iterations.x=1", "iterations is 60, not a mapping"),
+    "an override of a number as a mapping": (f"{RUN} iterations.x=1", "iterations is 200, not a mapping"),
     "an override that is not YAML": (f"{RUN} training.lr=[1", "training.lr", "'[1'", "quote it"),
     # algorithm
     "no algorithm": ("run bare.yaml", "algorithm is missing", "algorithm, domain and reward"),

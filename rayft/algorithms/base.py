@@ -19,7 +19,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -29,6 +29,7 @@ from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
+    WEIGHTS_SEQ_NO,
 )
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
@@ -175,8 +176,17 @@ class DiffusionRL(Algorithm):
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def sync(self) -> None:
-        """Weights from the learners to every runner, the local one included."""
-        self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
+        """Weights from the learners to every runner, the local one included; returns when all have them.
+
+        RLlib's own ``sync_weights`` drops what it is given while a runner still works on the weights before.
+        """
+        path = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
+        state = self.learner_group.get_state(components=[path], inference_only=True)[COMPONENT_LEARNER]
+        state = {key: state[key] for key in (COMPONENT_RL_MODULE, WEIGHTS_SEQ_NO) if key in state}
+        self.env_runner.set_state(state)
+        if self.config.num_env_runners:
+            told = {"state": ray.put(state)}
+            self.env_runner_group.foreach_env_runner("set_state", kwargs=told, local_env_runner=False)
 
     # -- how near the optimum
 
