@@ -126,6 +126,18 @@ def test_two_runners_draw_what_the_parts_say_whoever_makes_them(ray_session):
     assert (first.chains.x != other.chains.x).any()
 
 
+def test_the_newest_weights_reach_every_runner_however_fast_they_follow(ray_session):
+    algo = small("ppo").env_runners(num_env_runners=2).build_algo()
+    start = algo.policy_state()
+    for shift in (0.1, 0.2, 0.3):
+        algo.set_policy({name: value + np.float32(shift) for name, value in start.items()})
+    held = algo.env_runner_group.foreach_env_runner(lambda runner: runner.module.denoiser.state_dict())
+    assert len(held) == 3
+    for state in held:
+        assert all(np.allclose(state[name].numpy(), value + np.float32(0.3)) for name, value in start.items())
+    algo.stop()
+
+
 @pytest.mark.parametrize("actors", [0, 2])
 def test_a_reward_that_raises_costs_its_samples_only(ray_session, actors):
     algo = small("ppo", reward=f"{__file__}:Halting").scoring(actors=actors).build_algo()
