@@ -168,7 +168,7 @@ class Run:
             "reward_calls": counts["reward_calls"],
             "chains": counts["chains"],
             "chains_per_s": self.algo.settings.chains / max(seconds, 1e-9),
-            **{f"learner/{k}": v for k, v in learner.items()},
+            **{f"learner/{k}": v for k, v in learner.items() if not k.endswith("trainable_parameters")},
             **({} if verdict is None else {f"evaluate/{k}": v for k, v in verdict.scalars().items()}),
         }
         return {k: float(v) for k, v in row.items() if _number(v)}
