@@ -31,7 +31,7 @@ def test_the_overhead_benchmark_runs_and_no_ratio_is_absurd(tmp_path: Path):
     told = figures("overhead", tmp_path)
     assert told["runner/local/wide"] > 0.6 and told["learner/update"] > 0.5
     assert told["runner/remote/wide"] > 0.2
-    assert told["runner/stock"] < 0.5 < told["runner/local/small"]
+    assert told["runner/local/small"] > 0.5
 
 
 @pytest.mark.slow
