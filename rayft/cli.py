@@ -143,6 +143,8 @@ def evaluate(told: argparse.Namespace) -> int:
         print(json.dumps(verdict.scalars()))
     else:
         display.show(display.before_after(verdict.scalars()))
+        for sentence in verdict.notes:
+            print(sentence)
     return 0
 
 
@@ -159,6 +161,42 @@ def sample(told: argparse.Namespace) -> int:
         np.savez_compressed(file, allow_pickle=False, **columns)
     print(f"{told.num} samples in {out}: {', '.join(columns)}")
     return 0
+
+
+def score(told: argparse.Namespace) -> int:
+    """Score samples, and say whether a run could learn from the reward."""
+    from rayft import display, learnable
+
+    spec, what, whole = _asked(told)
+    if spec.checked().section("scoring").actors:
+        _start_ray(None, spec)
+    finding = learnable.inspect(spec, what, told.seed, whole)
+    if told.json:
+        print(json.dumps(finding.told()))
+        return 0
+    display.show(learnable.table(finding))
+    for sentence in learnable.verdict(finding):
+        print(sentence)
+    return 0
+
+
+def _asked(told: argparse.Namespace) -> tuple[Any, int | str, bool]:
+    """(the spec whose rewards are asked for, a number of samples or a file of them, whether it is a run's)."""
+    from rayft import learnable
+    from rayft import spec as specs
+
+    if told.what is not None and "=" in told.what and not Path(told.what).exists():
+        told.overrides, told.what = [told.what, *told.overrides], None
+    samples = told.what is not None and (told.what.isdigit() or Path(told.what).suffix in learnable.FILES)
+    file = None if samples else told.what
+    given = [f"{key}={value}" for key, value in (("reward", told.reward), ("domain", told.domain)) if value is not None]
+    tree = [] if file else ["algorithm=ppo", "domain=toy"]
+    if file is None and told.reward is None and not any(text.startswith("reward") for text in told.overrides):
+        raise ValueError("nothing to score with: give --reward NAME, or a YAML")
+    spec = specs.read(file, [*tree, *given, *told.overrides])
+    if samples and not told.what.isdigit():
+        return spec, told.what, False
+    return spec, int(told.what) if samples else told.num, file is not None
 
 
 def export(told: argparse.Namespace) -> int:
@@ -273,6 +311,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="samples.npz")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--score", action="store_true", help="add the run's reward of each sample")
+
+    sub = add(score)
+    sub.add_argument("what", nargs="?", help="a number of the pretrained model's samples, a file of samples, or a YAML")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example reward.receptor=x.pdbqt")
+    sub.add_argument("--reward", help="short name, package.module:Name or ./file.py:Name")
+    sub.add_argument("--domain", help="whose pretrained model, where no YAML is given (toy)")
+    sub.add_argument("--num", type=_count, default=512, help="samples of a YAML's pretrained model (512)")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--json", action="store_true")
 
     sub = add(export)
     sub.add_argument("checkpoint")

@@ -47,6 +47,7 @@ class Domain(ABC):
     space: Space = FullSpace()
     rewards: Mapping[str, str] = {}  # short name -> import path of a reward
     decoder: str = "rayft.reward:as_arrays"  # (x_0, context) -> one sample per event, None where there is none
+    canonical: str = "rayft.reward:itself"  # sample -> all that tells it from others, as str, number or array
 
     @abstractmethod
     def schedule(self) -> Schedule:

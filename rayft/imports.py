@@ -8,10 +8,13 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import cloudpickle
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -36,6 +39,49 @@ def path_of(thing: Any) -> str:
     """The import path that ``load`` turns back into ``thing``."""
     source = getattr(sys.modules.get(thing.__module__), "__rayft_file__", None)
     return f"{source or thing.__module__}:{thing.__qualname__}"
+
+
+def portable(thing: Any) -> Any:
+    """What another process can make ``thing`` from: an import path where it is installed, else the packed object."""
+    if isinstance(thing, str | bytes):
+        return thing
+    if inspect.isclass(thing) or inspect.isfunction(thing):
+        path, module = path_of(thing), sys.modules.get(thing.__module__)
+        if "<" not in path and (hasattr(module, "__rayft_file__") or _installed(module)):
+            return path
+    return pack(thing)
+
+
+def pack(thing: Any) -> bytes:
+    """An object with its code, where only this process can import it (a notebook, a script, a folder of tests)."""
+    kind = thing if inspect.isclass(thing) or inspect.isfunction(thing) else type(thing)
+    module = sys.modules.get(getattr(kind, "__module__", ""))
+    by_value = module is not None and module.__name__ != "__main__" and not _installed(module)
+    if by_value:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(thing)
+    except Exception as error:
+        raise ValueError(f"{thing} cannot be sent to another process: {reason(error)}") from error
+    finally:
+        if by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def unpack(packed: bytes) -> Any:
+    """The object again."""
+    return cloudpickle.loads(packed)
+
+
+def _installed(module: ModuleType | None) -> bool:
+    """Whether any process of this installation can import it: rayft itself, site-packages, the standard library."""
+    if module is None or module.__name__ == "__main__":
+        return False
+    if module.__name__.partition(".")[0] in ("rayft", "envs"):
+        return True
+    found = getattr(module, "__file__", None)
+    roots = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    return found is None or any(Path(found).is_relative_to(root) for root in roots)
 
 
 def absolute(path: str, base: Path | None = None) -> str:

@@ -86,6 +86,8 @@ class Run:
     def iterate(self) -> str:
         """Steps until the end, a guard's trip or Ctrl-C; how it ended."""
         while self.algo.iteration < self.spec.iterations and not self.interrupted:
+            if refused := self.algo.refusal():
+                return f"stopped: {refused}"
             trip = self.step()
             if trip is not None:
                 return f"stopped: {trip.message}"
@@ -98,8 +100,11 @@ class Run:
         """Builds the algorithm, from the newest checkpoint where the run is resumed."""
         self.algo = self.spec.checked().build_algo()
         checkpoint = store.newest(self.folder) if resume else None
+        self.algo.horizon = self.spec.iterations
         if checkpoint is None:
             self.table.truncate(0)
+            if refused := self.algo.refusal():
+                raise ValueError(f"{refused}: raise it, or lower training.chains and evaluate.pretrained_chains")
             self.algo.draw_pretrained()
         else:
             self.restore(checkpoint)
@@ -140,6 +145,8 @@ class Run:
         trip = next((trip for guard in self.guards for trip in guard(row)), None)
         for message in (m for guard in self.guards for m in guard.said()):
             self.event("guard", message)
+        for sentence in self.algo.rewards.meter.sentences():
+            self.event("reward", sentence)
         self.table.add(row)
         for tracker in self.trackers:
             tracker.log(int(row["iteration"]), row)
@@ -157,15 +164,18 @@ class Run:
         """One line of the table from RLlib's nested result."""
         learner = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
         flat = {
-            k: result[k] for k in ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl") if k in result
+            k: result[k]
+            for k in ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl", "stale")
+            if k in result
         }
-        flat |= {k: v for k, v in result.items() if k.startswith(("advantage", "effective", "guard_"))}
+        flat |= {k: v for k, v in result.items() if k.startswith(("advantage", "effective", "guard_", "part/"))}
         counts, verdict = self.algo.counts, self.algo.verdict
         row = {
             "iteration": self.algo.iteration,
             "time_s": time.monotonic() - self.started,
             **flat,
             "reward_calls": counts["reward_calls"],
+            "cache_hits": counts["cache_hits"],
             "chains": counts["chains"],
             "chains_per_s": self.algo.settings.chains / max(seconds, 1e-9),
             **{f"learner/{k}": v for k, v in learner.items() if not k.endswith("trainable_parameters")},
@@ -208,6 +218,7 @@ class Run:
             "domain": told["domain"],
             "reward": told["reward"],
             "chain": told["chain"],
+            "recipe": algo.rewards.recipe.state(),
             "alpha_bar": algo.env_runner.module.process.schedule.alpha_bar.tolist(),
             "config": told,
         }
@@ -221,11 +232,17 @@ class Run:
             if not leader.is_file() or score > json.loads(leader.read_text())["score"]:
                 store.mark_best(self.folder, saved, score)
         store.prune(self.folder, self.spec.checkpoint.keep)
+        self.save_meter()
         return saved
 
     def save_verdict(self, verdict: Verdict) -> None:
         path = self.folder / "evaluations" / f"iteration_{self.algo.iteration:06d}.npz"
         verdict.policy.save(path)
+
+    def save_meter(self) -> None:
+        """What rewards have cost so far, and what went wrong with them."""
+        told = json.dumps(self.algo.rewards.meter.summary(), indent=1)
+        store.write_text(self.folder / "rewards.json", told)
 
     def finish(self, status: str) -> dict[str, Any]:
         """Last evaluation, table as Parquet, report."""
@@ -233,9 +250,16 @@ class Run:
         if "evaluate/reward" not in row or status.startswith("stopped"):
             verdict = self.algo.evaluate_policy()
             self.save_verdict(verdict)
+            self.algo.verdict = verdict
             row = {**row, **{f"evaluate/{k}": v for k, v in verdict.scalars().items()}}
+        self.save_meter()
         self.table.to_parquet(self.folder / "metrics.parquet")
+        if status.startswith("stopped: scoring"):
+            self.checkpoint()
+            self.display.event(status)
         self.note(status=status, finished=now(), seconds=time.monotonic() - self.started)
+        for sentence in [] if self.algo.verdict is None else self.algo.verdict.notes:
+            self.display.event(sentence)
         report.write(self.folder, self.algo.domain, self.algo.config.evaluation_alpha())
         return row
 

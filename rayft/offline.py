@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rayft.compose import recipe
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained
-from rayft.score import Scorer
+from rayft.rewards.service import RewardService
+from rayft.rewards.settings import ScoringSettings
 from rayft.seeds import torch_generator
+from rayft.settings import check
 from rayft.store import Checkpoint
 from rayft.verdict import Verdict, judge, remember
 
@@ -25,25 +30,26 @@ def judged(checkpoint: Checkpoint, chains: int, pretrained: int, alpha: float | 
     alpha = alpha or told["evaluate"]["alpha"] or told["training"].get("alpha")
     if told["chain"]["eta"] != 1:
         alpha = None  # x_T decides too much of x_0 for J* to be attainable (math, Sec. 2)
-    bench, scorer = checkpoint.bench(), _scorer(checkpoint)
-    samples = []
-    for draw, count, purpose in ((draw_pretrained, pretrained, "pretrained"), (draw_current, chains, "evaluate")):
-        drawn = _batch(bench, draw, count, torch_generator(seed, checkpoint.iteration, purpose))
-        samples.append(remember(bench.domain, drawn, scorer.score(drawn.events, drawn.context)))
+    bench, samples = checkpoint.bench(), []
+    with _rewards(checkpoint) as rewards:
+        for draw, count, purpose in ((draw_pretrained, pretrained, "pretrained"), (draw_current, chains, "evaluate")):
+            drawn = _batch(bench, draw, count, torch_generator(seed, checkpoint.iteration, purpose))
+            scores = rewards.score(drawn.events, drawn.context, purpose, watch=True)
+            samples.append(remember(bench.domain, drawn, scores))
     return judge(samples[0], samples[1], alpha)
 
 
 def sampled(checkpoint: Checkpoint, num: int, seed: int, score: bool) -> dict[str, np.ndarray]:
     """x_0 and context of ``num`` samples, in bounded batches, with their rewards where asked for."""
     bench = checkpoint.bench()
-    scorer = _scorer(checkpoint) if score else None
     parts: list[dict[str, np.ndarray]] = []
-    for start in range(0, num, BATCH):
-        drawn = _batch(bench, draw_current, min(BATCH, num - start), torch_generator(seed, start, "sample"))
-        part = {"x_0": drawn.events, **{f"context/{k}": v for k, v in drawn.context.items()}}
-        if scorer is not None:
-            part["reward"] = scorer.score(drawn.events, drawn.context).rewards
-        parts.append(part)
+    with _rewards(checkpoint) if score else contextlib.nullcontext() as rewards:
+        for start in range(0, num, BATCH):
+            drawn = _batch(bench, draw_current, min(BATCH, num - start), torch_generator(seed, start, "sample"))
+            part = {"x_0": drawn.events, **{f"context/{k}": v for k, v in drawn.context.items()}}
+            if rewards is not None:
+                part["reward"] = rewards.score(drawn.events, drawn.context, "evaluate").rewards
+            parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -66,8 +72,17 @@ def _batch(bench: Any, draw: DrawFunction, count: int, generator: torch.Generato
     return draw(bench, count, generator, {}).numpy()
 
 
-def _scorer(checkpoint: Checkpoint) -> Scorer:
-    told = checkpoint.card["config"]
+@contextlib.contextmanager
+def _rewards(checkpoint: Checkpoint) -> Iterator[RewardService]:
+    """The run's rewards, beside this process, as they were fitted."""
+    told, domain = checkpoint.card["config"], checkpoint.domain()
     arguments = {k: v for k, v in told["reward"].items() if k != "name"}
-    domain = checkpoint.domain()
-    return Scorer(told["reward"]["name"], arguments, domain.rewards, domain.decoder, told["scoring"]["undecodable"])
+    made = recipe(told["reward"]["name"], arguments, told.get("watch"), domain.rewards)
+    made = made.with_state(checkpoint.card.get("recipe", made.state()))
+    settings = check("scoring", ScoringSettings, {**told["scoring"], "actors": 0, "min_actors": None})
+    service = RewardService(made, domain.decoder, domain.canonical, domain.rewards, settings)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.stop()

@@ -19,8 +19,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rayft import algorithms, domain, imports
+from rayft.algorithms.base import open_service
 from rayft.algorithms.config import SECTIONS, DiffusionConfig
-from rayft.score import Scorer
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, check, sentence
 from rayft.track import TrackSettings, open_trackers
 
@@ -72,6 +72,7 @@ def _folder_name(name: str) -> str:
 
 
 Named = Annotated[dict[str, Any], BeforeValidator(_named)]
+Watched = list[str | dict[str, Any]] | dict[str, str | dict[str, Any]]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
@@ -83,6 +84,7 @@ class RunSpec(BaseModel):
     algorithm: str
     domain: Named
     reward: Named
+    watch: Watched = Field(default_factory=list)
     name: FolderName = "run"
     seed: CountOrZero = 0
     iterations: Count = 100
@@ -105,6 +107,7 @@ class RunSpec(BaseModel):
         name, arguments = split(self.reward, "reward")
         config.reward(name)
         config.reward_arguments = arguments
+        config.watched = self.watch
         check("training", config.settings_class, self.training)  # RLlib's own keys are for Python: no YAML keeps them
         config.training(**self.training)
         for section in SECTIONS:
@@ -133,7 +136,11 @@ class RunSpec(BaseModel):
         scoring = config.section("scoring")
         open_trackers(self.track, Path(), {})
         if scoring.actors == 0:
-            Scorer(config.reward_path, config.reward_arguments, world.rewards, world.decoder, scoring.undecodable)
+            rewards = open_service(config, world)
+            try:
+                rewards.start()
+            finally:
+                rewards.stop()
         return config
 
     def full(self) -> dict[str, Any]:

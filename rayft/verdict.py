@@ -5,7 +5,7 @@ Both are plain arrays that can be saved and judged again later, so a report need
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,23 @@ class Samples:
     undecodable: np.ndarray  # [chain]
     x_0: np.ndarray  # [at most NUM_KEPT, *event]
     context: dict[str, np.ndarray]
+    beside: dict[str, np.ndarray] = field(default_factory=dict)  # part/NAME and watch/NAME -> [chain]
 
     def save(self, path: Path) -> None:
         """As one .npz, without pickles."""
         context = {f"context/{k}": v for k, v in self.context.items()}
         groups = {} if self.groups is None else {"groups": self.groups}
         plain = {"rewards": self.rewards, "kl": self.kl, "undecodable": self.undecodable, "x_0": self.x_0}
-        np.savez_compressed(path, allow_pickle=False, **plain, **groups, **context)
+        np.savez_compressed(path, allow_pickle=False, **plain, **groups, **context, **self.beside)
 
     @staticmethod
     def load(path: Path) -> Samples:
         with np.load(path, allow_pickle=False) as found:
             context = {k.removeprefix("context/"): found[k] for k in found.files if k.startswith("context/")}
             groups = found["groups"] if "groups" in found.files else None
-            return Samples(found["rewards"], found["kl"], groups, found["undecodable"], found["x_0"], context)
+            beside = {k: found[k] for k in found.files if k.startswith(("part/", "watch/"))}
+            plain = (found["rewards"], found["kl"], groups, found["undecodable"], found["x_0"])
+            return Samples(*plain, context, beside)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,22 @@ class Verdict:
                 "attained_low": share.low if share else float("nan"),
                 "attained_high": share.high if share else float("nan"),
             }
+        for name, column in self.policy.beside.items():
+            told[name] = known_mean(column)
+            told[f"{name}_pretrained"] = known_mean(self.pretrained.beside.get(name, column[:0]))
         return told
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person has to know beside the numbers."""
+        refused = None if self.attained is None else self.attained.refused
+        return [f"the attained share is refused: {refused}"] if refused else []
+
+
+def known_mean(values: np.ndarray) -> float:
+    """Over what is known; nan where nothing is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def remember(domain: Domain, draw: Draw, scores: Scores) -> Samples:
@@ -93,6 +111,10 @@ def remember(domain: Domain, draw: Draw, scores: Scores) -> Samples:
         undecodable=scores.undecodable,
         x_0=np.ascontiguousarray(draw.chains.x_0[:NUM_KEPT]),
         context={k: v[:NUM_KEPT] for k, v in context.items()},
+        beside={
+            **{f"part/{name}": column for name, column in scores.parts.items() if len(scores.parts) > 1},
+            **{f"watch/{name}": column for name, column in scores.watch.items()},
+        },
     )
 
 

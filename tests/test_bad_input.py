@@ -455,10 +455,10 @@ def silent(samples):
 
 # a reward that is wrong: what the sentence says of it
 AT_RUN_TIME = {
-    "three": "returned (3,) for 1 samples; return one number per sample",
-    "mean": "TypeError: 'float' object is not iterable",
-    "words": "could not convert string to float: 'good'",
-    "raising": "KeyError: 'affinity'",
+    "three": "returned: 3 scores for 1 samples; return one number per sample",
+    "mean": "returned: float '0.5'; return one number per sample",
+    "words": "returned: str 'good' as a score; return numbers",
+    "raising": "raised: KeyError: 'affinity'",
     "silent": "the reward failed on all 8 samples",
 }
 

@@ -27,7 +27,7 @@ from rayft.algorithms.rgdm import RGDMConfig
 from rayft.chain import Policy
 from rayft.draws import Bench, Draw, draw_current, draw_pretrained
 from rayft.env import DenoisingEnv, DenoisingVectorEnv, make, make_vector, named
-from rayft.rewards.pool import RewardPool
+from rayft.score import DECODE, Done, Part, Task, Told, Work, Workbench
 from rayft.rl.runner import ChainRunner
 from rayft.seeds import torch_generator
 
@@ -78,7 +78,15 @@ class Twin:
 
     told: dict[str, Any]
     bench: Bench
-    pool: RewardPool
+    judge: Workbench
+
+    def score(self, draw: Draw) -> np.ndarray:
+        """What a scoring process says of the draw."""
+        numbers, rewards = np.arange(len(draw.events)), np.full(len(draw.events), np.nan)
+        for said in self.judge.run(Work(0, numbers, draw.events, draw.context, (Task(0, numbers),))):
+            if isinstance(said, Done) and said.part != DECODE:
+                rewards[said.rows] = said.values
+        return rewards
 
 
 def twin(name: str) -> Twin:
@@ -95,8 +103,8 @@ def twin(name: str) -> Twin:
     prediction: Any = reference.prediction
     current, pretrained = (Policy(net, process, domain.space, prediction) for net in (moved, reference))
     chosen = told.get("reward", next(iter(domain.rewards), None))
-    pool = RewardPool((chosen, {}, domain.rewards, domain.decoder, None))
-    return Twin(told, Bench(domain, current, pretrained, torch.device("cpu"), torch.float32), pool)
+    judge = Workbench(Told((Part("reward", chosen),), domain.decoder, domain.canonical, domain.rewards))
+    return Twin(told, Bench(domain, current, pretrained, torch.device("cpu"), torch.float32), judge)
 
 
 def close(found: Any, expected: Any) -> None:
@@ -152,7 +160,7 @@ def test_replaying_drawn_chains_gives_the_same_observations_rewards_and_log_prob
     log_prob = log_prob_under(world.bench.reference, draw)
     if draw_function is draw_pretrained:
         close(draw.chains.columns["log_prob"], log_prob)
-    scores = world.pool.score(draw.events, draw.context).rewards
+    scores = world.score(draw)
     assert_replays(make(**world.told), draw, scores, log_prob)
     assert_replays(make_vector(NUM_CHAINS, **world.told), draw, scores, log_prob)
 
@@ -163,7 +171,7 @@ def test_chains_of_the_real_runner_replay_through_the_environment(name: str):
     config = PPOConfig().domain(name).reward(next(iter(world.bench.domain.rewards))).training(minibatch_size=8)
     runner = ChainRunner(config=config.chain(num_steps=10, sigma="gamma"), worker_index=0, num_workers=0)
     draw = runner.sample(draw=draw_current, num_chains=NUM_CHAINS, iteration=0, purpose="train")
-    scores = world.pool.score(draw.events, draw.context).rewards
+    scores = world.score(draw)
     env = make(num_steps=10, sigma="gamma", **world.told)
     assert_replays(env, draw, scores, draw.chains.columns["log_prob"])
 

@@ -30,7 +30,7 @@ assigned = lambda *_: ray.get_runtime_context().get_assigned_resources()
 seen = {
     "runners": algo.env_runner_group.foreach_env_runner(assigned, local_env_runner=False),
     "learners": [result.get() for result in algo.learner_group.foreach_learner(assigned)],
-    "actors": ray.get([a.__ray_call__.remote(assigned) for a in algo.pool.actors]),
+    "actors": ray.get([a.__ray_call__.remote(assigned) for a in algo.rewards.crews[0].pool.actors]),
     "left": {k: ray.available_resources().get(k, 0.0) for k in ("CPU", "GPU")},
     "reward": algo.train()["reward_mean"],
 }

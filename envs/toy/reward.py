@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from rayft.reward import Reward
+from rayft.reward import DifferentiableReward, Reward
 
 
-class Quadratic(Reward):
+class Quadratic(DifferentiableReward):
     """r(x) = -|x - centre|^2 / 2: the tilt of a Gaussian by it is again a Gaussian."""
 
     def __init__(self, centre: tuple[float, float] = (0.8, 0.6)) -> None:
@@ -19,6 +20,10 @@ class Quadratic(Reward):
 
     def __call__(self, samples: Sequence[np.ndarray]) -> np.ndarray:
         return -0.5 * np.square(np.stack(samples) - self.centre).sum(-1)
+
+    def value(self, x_0: Any, context: Mapping[str, Any]) -> Any:
+        """The same of a tensor."""
+        return -0.5 * (x_0 - x_0.new_tensor(self.centre)).square().sum(-1)
 
 
 class Stripes(Reward):

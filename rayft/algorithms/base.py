@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
@@ -35,10 +35,12 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from rayft.algorithms.config import DiffusionConfig
 from rayft.chain import Chains
+from rayft.domain import Domain
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained, join
-from rayft.rewards.pool import RewardPool
+from rayft.rewards.service import RewardService
+from rayft.rl.gather import gather
 from rayft.score import Scores
-from rayft.verdict import Samples, Verdict, judge, remember
+from rayft.verdict import Samples, Verdict, judge, known_mean, remember
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,21 @@ class Credit:
     logged: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A piece of a draw and the scores it waits for."""
+
+    draw: Draw
+    scores: Future[Scores]
+
+
+def open_service(config: Any, domain: Domain) -> RewardService:
+    """The rewards of a configuration, not yet started."""
+    return RewardService(
+        config.recipe(domain), domain.decoder, domain.canonical, domain.rewards, config.section("scoring")
+    )
+
+
 class DiffusionRL(Algorithm):
     """Base of PPO, RWMLE, RGDM. A subclass names its draw and turns rewards into credit."""
 
@@ -57,6 +74,7 @@ class DiffusionRL(Algorithm):
     env_runner: Any
     env_runner_group: Any
     learner_group: Any
+    pays_for = "train"  # what its training scores are metered as
 
     @abstractmethod
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
@@ -70,29 +88,36 @@ class DiffusionRL(Algorithm):
 
     def setup(self, config: Any) -> None:
         super().setup(config)
-        scoring = self.config.section("scoring")
         self.domain = self.config.build_domain()
         self.settings = self.config.settings()
-        told = (self.config.reward_path, self.config.reward_arguments, dict(self.domain.rewards), self.domain.decoder)
-        self.pool = RewardPool(
-            (*told, scoring.undecodable), scoring.actors, scoring.num_cpus_per_actor, scoring.num_gpus_per_actor
-        )
+        self.scoring = self.config.section("scoring")
+        self.rewards = open_service(self.config, self.domain)
+        self.rewards.start()
         self.pretrained: Samples | None = None
         self.verdict: Verdict | None = None
-        self.counts = {"reward_calls": 0, "failed": 0, "chains": 0}
+        self.counts = {"reward_calls": 0, "cache_hits": 0, "failed": 0, "chains": 0}
+        self.ahead: list[Scored] | None = None  # with staleness, the next iteration, drawn and being scored
+        self.horizon: int | None = None  # the last iteration, where somebody knows it
 
     def cleanup(self) -> None:
-        self.pool.stop()
+        if hasattr(self, "rewards"):
+            self.rewards.stop()
         super().cleanup()
         with contextlib.suppress(OSError):  # outside Tune, Ray leaves an empty folder in ~/ray_results per algorithm
             Path(str(self.logdir)).rmdir()
 
     def training_step(self) -> None:
         self.verdict = None
+        if refused := self.refusal():
+            raise ValueError(refused)
+        if self.rewards.recipe.needs_fit:
+            self.draw_pretrained()
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            draw = self.collect("train", self.draw_function(), self.settings.chains)
+            pieces = self.ahead or self.draw_scored(self.iteration)
+            last = self.horizon is not None and self.iteration + 1 >= self.horizon
+            self.ahead = self.draw_scored(self.iteration + 1) if self.scoring.staleness and not last else None
         with self.metrics.log_time((TIMERS, "score")):
-            scores = self.score(draw)
+            draw, scores = join([piece.draw for piece in pieces]), self.settled([piece.scores for piece in pieces])
         with self.metrics.log_time((TIMERS, "credit")):
             credit = self.credit(draw, scores.rewards)
         with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
@@ -106,56 +131,60 @@ class DiffusionRL(Algorithm):
 
     # -- the four acts
 
-    def collect(self, purpose: str, draw: DrawFunction, num_chains: int, which: str = "current") -> Draw:
-        """One draw, made in parts by the runners. A part lost with its runner is drawn again by another: same bits."""
-        num_parts = max(1, self.config.num_env_runners)
-        sizes = [len(part) for part in np.array_split(np.arange(num_chains), num_parts)]
+    def draw_scored(self, iteration: int) -> list[Scored]:
+        """An iteration's draw in pieces, each being scored while the next is drawn."""
+        told = ("train", self.draw_function(), self.settings.chains)
+        num_pieces = self.scoring.micro_batches
+        scored = []
+        for piece in range(num_pieces):
+            draw = self.collect(*told, iteration=iteration, piece=(piece, num_pieces))
+            scored.append(Scored(draw, self.rewards.submit(draw.events, draw.context, self.pays_for, iteration)))
+        return scored
+
+    def collect(
+        self,
+        purpose: str,
+        draw: DrawFunction,
+        num_chains: int,
+        which: str = "current",
+        iteration: int | None = None,
+        piece: tuple[int, int] = (0, 1),
+    ) -> Draw:
+        """One draw (or one piece of it: number, of how many), made in parts by the runners.
+
+        A part lost with its runner is drawn again by another: same bits.
+        """
+        num_runners, (number, num_pieces) = max(1, self.config.num_env_runners), piece
+        sizes = [len(part) for part in np.array_split(np.arange(num_chains), num_runners * num_pieces)]
         settings = {name: getattr(self.settings, name) for name in vars(self.settings)}
-        shared = {"draw": draw, "iteration": self.iteration, "purpose": purpose, "which": which, "settings": settings}
-        calls = [{**shared, "part": part, "num_chains": size} for part, size in enumerate(sizes)]
-        self.counts["chains"] += num_chains
+        iteration = self.iteration if iteration is None else iteration
+        shared = {"draw": draw, "iteration": iteration, "purpose": purpose, "which": which, "settings": settings}
+        parts = range(number * num_runners, (number + 1) * num_runners)
+        calls = [{**shared, "part": part, "num_chains": sizes[part]} for part in parts]
+        self.counts["chains"] += sum(call["num_chains"] for call in calls)
         if self.config.num_env_runners == 0:
             drawn = join([self.env_runner.sample(**call) for call in calls])
             self.metrics.aggregate([self.env_runner.get_metrics()], key=ENV_RUNNER_RESULTS)
             return drawn
-        return join(self._collect_remote(calls))
+        parts, statistics = gather(self.env_runner_group, calls, self._heal)
+        self.metrics.aggregate(statistics, key=ENV_RUNNER_RESULTS)
+        return join(parts)
 
-    def _collect_remote(self, calls: list[dict[str, Any]]) -> list[Draw]:
-        group, done, idle_rounds = self.env_runner_group, {}, 0
-        error: Any = None
-        while len(done) < len(calls):
-            waiting = [call for call in calls if call["part"] not in done]
-            workers = group.healthy_worker_ids()[: len(waiting)]
-            sent = waiting[: len(workers)]
-            before = len(done)
-            if workers:
-                results = group._worker_manager.foreach_actor(
-                    ["sample_part"] * len(sent), kwargs=sent, remote_actor_ids=workers, timeout_seconds=None
-                )
-                for result in results:
-                    if not result.ok:
-                        error = result.get()
-                        continue
-                    part, ref, stats = result.get()
-                    with contextlib.suppress(RayError):  # the runner died with its draw: another draws it again
-                        done[part] = ray.get(ref)
-                        self.metrics.aggregate([stats], key=ENV_RUNNER_RESULTS)
-            idle_rounds = 0 if len(done) > before else idle_rounds + 1
-            if idle_rounds > 20:
-                raise ValueError(f"no runner could draw: {str(error).strip().splitlines()[-1]}") from None
-            if idle_rounds:
-                self.restore_env_runners(group)
-                self.sync()
-        return [done[part] for part in range(len(calls))]
+    def _heal(self) -> None:
+        self.restore_env_runners(self.env_runner_group)
+        self.sync()
 
-    def score(self, draw: Draw) -> Scores:
-        """Rewards of the draw's events, failures counted."""
-        scores = self.pool.score(draw.events, draw.context)
+    def score(self, draw: Draw, purpose: str = "train", watch: bool = False) -> Scores:
+        """Rewards of the draw's events, counted. Only training follows a curriculum: J and J* are of one reward."""
+        iteration = self.iteration if purpose == self.pays_for else None
+        return self.settled([self.rewards.submit(draw.events, draw.context, purpose, iteration, watch)])
+
+    def settled(self, waiting: list[Future[Scores]]) -> Scores:
+        """The answers, joined and counted."""
+        scores = Scores.join([one.result() for one in waiting])
         self.counts["reward_calls"] += scores.num_calls
+        self.counts["cache_hits"] += scores.num_hits
         self.counts["failed"] += scores.num_failed
-        if scores.num_failed == len(scores.rewards):
-            why = f": {scores.reasons[0]}" if scores.reasons else ""
-            raise ValueError(f"the reward failed on all {scores.num_failed} samples of iteration {self.iteration}{why}")
         return scores
 
     def learn(self, credit: Credit) -> None:
@@ -194,7 +223,7 @@ class DiffusionRL(Algorithm):
         """Holds the policy against J* and the frontier (math, Sec. 2); the pretrained model is drawn once."""
         which = "ema" if self.settings.ema else "current"
         draw = self.collect("evaluate", draw_current, self.config.section("evaluate").chains, which=which)
-        policy = remember(self.domain, draw, self.score(draw))
+        policy = remember(self.domain, draw, self.score(draw, "evaluate", watch=True))
         self.verdict = judge(self.draw_pretrained(), policy, self.config.evaluation_alpha())
         for name, value in self.verdict.scalars().items():
             self.metrics.log_value(("evaluation", name), value, window=1)
@@ -204,7 +233,7 @@ class DiffusionRL(Algorithm):
         """Samples of the pretrained model, drawn and scored once in a run."""
         if self.pretrained is None:
             draw = self.collect("pretrained", draw_pretrained, self.config.section("evaluate").pretrained_chains)
-            self.pretrained = remember(self.domain, draw, self.score(draw))
+            self.pretrained = remember(self.domain, draw, self.score(draw, "pretrained", watch=True))
         return self.pretrained
 
     # -- state
@@ -230,12 +259,17 @@ class DiffusionRL(Algorithm):
         self.set_policy(self.policy_state("reference"))
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**super().get_state(*args, **kwargs), "rayft": {"pretrained": self.pretrained, "counts": self.counts}}
+        told = {"pretrained": self.pretrained, "counts": self.counts, "stale": self.ahead is not None}
+        told |= {"recipe": self.rewards.recipe.state(), "meter": self.rewards.meter.state()}
+        return {**super().get_state(*args, **kwargs), "rayft": told}
 
     def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().set_state(state, *args, **kwargs)
         if "rayft" in state:
-            self.pretrained, self.counts = state["rayft"]["pretrained"], dict(state["rayft"]["counts"])
+            told = state["rayft"]
+            self.pretrained, self.counts, self.ahead = told["pretrained"], dict(told["counts"]), None
+            self.rewards.recipe = self.rewards.recipe.with_state(told["recipe"])
+            self.rewards.meter.load_state(told["meter"])
 
     def _log(self, draw: Draw, scores: Scores, credit: Credit) -> None:
         kl = draw.chains.columns.get("kl")
@@ -245,12 +279,31 @@ class DiffusionRL(Algorithm):
             "reward_failed": float(scores.num_failed),
             "undecodable": float(scores.undecodable.mean()),
             "guard_no_spread": float(np.nanstd(scores.rewards) < 1e-8),
+            "stale": float(self.scoring.staleness),
+            **{f"part/{name}": known_mean(column) for name, column in scores.parts.items() if len(scores.parts) > 1},
             **({"kl": float(kl.sum(0).mean())} if kl is not None else {}),
             **{f"{k}_lifetime": float(v) for k, v in self.counts.items()},
             **credit.logged,
         }
         for name, value in values.items():
             self.metrics.log_value(name, value, window=1)
+
+    def refusal(self) -> str | None:
+        """Why the next iteration, and the evaluations that must follow it, would pay more than the run may."""
+        if self.scoring.max_reward_calls is None:
+            return None
+        recipe, told = self.rewards.recipe, self.config.section("evaluate")
+        own = sum(not part.watched for part in recipe.components)
+        needed = self.config.num_events() * own + told.chains * len(recipe.components)
+        if self.pretrained is None:
+            needed += told.pretrained_chains * len(recipe.components)
+        used = self.counts["reward_calls"]
+        if used + needed <= self.scoring.max_reward_calls:
+            return None
+        return (
+            f"scoring.max_reward_calls is {self.scoring.max_reward_calls}: {used} are paid, and another iteration with "
+            f"the evaluation after it may take {needed}"
+        )
 
     @classmethod
     def get_default_config(cls) -> DiffusionConfig:

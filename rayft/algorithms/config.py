@@ -20,7 +20,10 @@ from ray.util.debug import log_once
 
 from rayft import domain as domains
 from rayft import imports, reward
+from rayft.aggregate import Recipe
 from rayft.chain import reverse_process
+from rayft.compose import recipe
+from rayft.rewards.settings import ScoringSettings
 from rayft.rl.learner import gloo_where_nccl_is_missing
 from rayft.rl.module import DenoiserModule
 from rayft.rl.runner import ChainRunner
@@ -89,22 +92,6 @@ class EvaluateSettings:
     """Share of the pretrained model's diversity below which the collapse detector speaks."""
 
 
-@dataclass(frozen=True)
-class ScoringSettings:
-    """Where rewards are computed."""
-
-    __pydantic_config__ = STRICT
-
-    actors: CountOrZero = 0
-    """Reward actors; 0 scores in the driver, right for rewards that cost microseconds."""
-    num_cpus_per_actor: NonNegative = 1.0
-    """Logical CPUs each reserves."""
-    num_gpus_per_actor: NonNegative = 0.0
-    """GPU fraction each reserves."""
-    undecodable: float | None = None
-    """Value of an event that decodes to nothing; the reward's own where none is given."""
-
-
 SECTIONS: dict[str, type] = {"chain": ChainSettings, "evaluate": EvaluateSettings, "scoring": ScoringSettings}
 
 
@@ -124,6 +111,7 @@ class DiffusionConfig(AlgorithmConfig):
         self.domain_arguments: dict[str, Any] = {}
         self.reward_path: Any = None
         self.reward_arguments: dict[str, Any] = {}
+        self.watched: Any = None
         self.initial_weights: str | None = None
         self.env_runner_cls = ChainRunner
         self.num_env_runners = 0
@@ -149,9 +137,14 @@ class DiffusionConfig(AlgorithmConfig):
         return self
 
     def reward(self, path: Any, *, actors: int | None = None, **arguments: Any) -> DiffusionConfig:
-        """A domain's short name, an import path, a class or a function, and its arguments."""
+        """A domain's short name, an import path, a class or a function, and its arguments; ``combine`` for several."""
         self.reward_path, self.reward_arguments = path, arguments
         return self if actors is None else self.scoring(actors=actors)
+
+    def watch(self, *rewards: Any, **named: Any) -> DiffusionConfig:
+        """Rewards that are told beside the one that is optimised, so that its being hacked shows."""
+        self.watched = {**{f"{i}": one for i, one in enumerate(rewards)}, **named} if named else list(rewards)
+        return self
 
     def chain(self, **settings: Any) -> DiffusionConfig:
         """``ChainSettings``."""
@@ -231,6 +224,16 @@ class DiffusionConfig(AlgorithmConfig):
         own = getattr(self, "alpha", None)
         return self.section("evaluate").alpha or (float(own) if own else None)
 
+    def recipe(self, domain: domains.Domain) -> Recipe:
+        """The rewards and how they become one."""
+        if self.reward_path is None:
+            raise ValueError(f"no reward is given; this domain has {', '.join(domain.rewards) or 'none of its own'}")
+        return recipe(self.reward_path, self.reward_arguments, self.watched, domain.rewards)
+
+    def num_events(self) -> int:
+        """Events that one iteration scores."""
+        return self.settings().chains
+
     def num_rows(self, num_steps: int) -> int:
         """Transitions of one iteration."""
         return self.settings().chains * num_steps
@@ -242,9 +245,7 @@ class DiffusionConfig(AlgorithmConfig):
         for section in SECTIONS:
             self.section(section)
         domain = self.build_domain()
-        if self.reward_path is None:
-            raise ValueError(f"no reward is given; this domain has {', '.join(domain.rewards) or 'none of its own'}")
-        reward.check(self.reward_path, self.reward_arguments, domain.rewards)
+        self._check_rewards(domain)
         process = reverse_process(domain.schedule(), chain.sigma, chain.eta, chain.num_steps)
         rows, learners = self.num_rows(process.num_steps), max(1, self.num_learners)
         if settings.minibatch_size > rows:
@@ -261,6 +262,20 @@ class DiffusionConfig(AlgorithmConfig):
             raise ValueError(f"training.chains is {settings.chains}, fewer than the {self.num_env_runners} runners")
         log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # RLlib would advertise its old stack here
         super().validate()
+
+    def _check_rewards(self, domain: domains.Domain) -> None:
+        components = self.recipe(domain).components
+        for part in components:
+            reward.check(part.path, part.arguments, domain.rewards)
+        grouped = [p.name for p in components if getattr(reward.target(p.path, domain.rewards), "groupwise", False)]
+        pieces = self.section("scoring").micro_batches
+        if pieces > 1 and grouped:
+            raise ValueError(
+                f"{grouped[0]} scores a sample by all others of its batch, and scoring.micro_batches = {pieces} would "
+                "show it only a piece; leave micro_batches at 1"
+            )
+        if pieces > self.settings().chains:
+            raise ValueError(f"scoring.micro_batches is {pieces}, more than training.chains = {self.settings().chains}")
 
     def build_learner_group(self, *args: Any, **kwargs: Any) -> Any:
         with gloo_where_nccl_is_missing():

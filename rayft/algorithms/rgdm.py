@@ -56,6 +56,8 @@ class RGDMLearner(DiffusionLearner):
 class RGDM(DiffusionRL):
     """R Alg. 1 after pretraining, on RLlib."""
 
+    pays_for = "payoff"
+
     @classmethod
     def get_default_config(cls) -> RGDMConfig:
         return RGDMConfig()
@@ -84,6 +86,9 @@ class RGDMConfig(DiffusionConfig):
 
     def __init__(self, algo_class: Any = None) -> None:
         super().__init__(algo_class=algo_class or RGDM)
+
+    def num_events(self) -> int:
+        return self.settings().chains * self.settings().num_candidates
 
     def num_rows(self, num_steps: int) -> int:
         return self.settings().chains

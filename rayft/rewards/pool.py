@@ -1,52 +1,351 @@
-"""The reward pool: events are split over Ray actors, or scored in this process where there are none.
+"""The reward pool: events are cut into works of about ``target_seconds`` and spread over Ray actors.
 
-An actor is replaced when it is lost, never asked to repeat: what killed it once would kill it again.
+    rows of a work = seconds / sum over its parts of seconds per sample,
+    seconds = min(target, what is left / (2 actors)),    so that all actors finish together
+
+Actors, nodes and answers may be lost: what was not answered is sent again, and only the work that was under way is held
+to blame. It falls into pieces that run alone, down to the one sample under which actors die.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
-from rayft.score import Scorer, Scores
+from rayft import imports, reward
+from rayft.rewards.actor import NOBODY, TICK, Call, Job, Pace, RewardActor, Roster, Seat, Terms, worker
+from rayft.rewards.worker import Limits, Outcome, Worker
+from rayft.score import CALLS_HELD, DECODE, Told
+
+PER_WORK = 0.006  # seconds that sending and answering a work keeps processors busy, in all processes together
+SHORTEST, LONGEST, OVER = 0.005, 0.2, 1.1  # seconds of one work; a last row may take it a little over them
+DEEP = 0.5  # works of more seconds do not queue behind others: whoever is idle first takes them
+BACKLOG = 1.0  # seconds of work per actor above which a pool grows
+GRACE = 3.0  # seconds that a work may take beyond its own
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where rewards are computed, and in what portions."""
+
+    actors: int = 0
+    """Most actors; 0 computes in this process (in a child of it where ``isolate``)."""
+    min_actors: int | None = None
+    """Actors to begin with, and to shrink to; all of them where none is given."""
+    num_cpus: float = 1.0
+    """Logical CPUs each actor reserves."""
+    num_gpus: float = 0.0
+    """GPU fraction each actor reserves; at least what its rewards ask for."""
+    isolate: bool = True
+    """Rewards run in a child of the actor, unless a GPU is reserved for it."""
+    target_seconds: float = 0.1
+    """Work per call; more where so many actors call that the calls alone would keep the driver busy."""
+    in_flight: int = 2
+    """Works with an actor at a time, so that it need not wait for the driver."""
+    startup_s: float = 120.0
+    """Seconds in which Ray must find room for one actor at least."""
+    attempts: int = 3
+    """Actors that may die under one sample before it is given up."""
 
 
 class RewardPool:
-    """``num_actors`` actors with the placement asked for. A lost actor costs its share of one batch, as NaN."""
+    """Owns the actors of some rewards. One ``run`` at a time, from any thread."""
 
-    def __init__(
-        self, scorer_arguments: tuple[Any, ...], num_actors: int = 0, num_cpus: float = 1.0, num_gpus: float = 0.0
-    ) -> None:
-        self.arguments = scorer_arguments
-        self.local = Scorer(*scorer_arguments) if num_actors == 0 else None
-        self.placed: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, max_task_retries=0)(Scorer)
-        self.actors: list[Any] = [self.placed.remote(*scorer_arguments) for _ in range(num_actors)]
+    def __init__(self, told: Told, limits: Limits, placement: Placement = Placement()) -> None:
+        found = [reward.target(part.path, told.short_names) for part in told.parts]
+        gpus = max(placement.num_gpus, sum(float(getattr(one, "num_gpus", 0.0)) for one in found))
+        self.isolate = placement.isolate and not gpus
+        if placement.actors or self.isolate:
+            told = replace(told, parts=tuple(replace(part, path=imports.portable(part.path)) for part in told.parts))
+        self.told, self.limits, self.placement = told, limits, placement
+        self.groups = {i for i, one in enumerate(found) if getattr(one, "groupwise", False)}
+        self.batches = {i: int(getattr(one, "batch_size", None) or 1) for i, one in enumerate(found)} | {DECODE: 1}
+        self.local: Worker | None = None
+        self.roster = self._roster({"CPU": placement.num_cpus, "GPU": gpus})
+        self.flying: dict[Any, Seat] = {}  # in the order of sending, so that no answer waits long to be heard
+        self.pace = Pace()
+        self.owners: OrderedDict[int, np.ndarray] = OrderedDict()  # call -> [event] which actor has it decoded
+        self.counts: Counter[str] = Counter()
+        self.ticked = 0.0
+        self.lock, self.stopping = threading.RLock(), False
 
-    def score(self, events: np.ndarray, context: Mapping[str, np.ndarray]) -> Scores:
-        """One score per event, in order."""
-        if self.local is not None:
-            return self.local.score(events, context)
-        shares = [share for share in np.array_split(np.arange(len(events)), len(self.actors)) if len(share)]
-        sent = [
-            actor.score.remote(events[share], {k: v[share] for k, v in context.items()})
-            for actor, share in zip(self.actors, shares, strict=False)
-        ]
-        return Scores.join([self._collect(number, ref, len(shares[number])) for number, ref in enumerate(sent)])
+    def _roster(self, resources: Mapping[str, float]) -> Roster:
+        most, fewest = self.placement.actors, self.placement.min_actors
+        building = self.limits.startup + 10 * GRACE  # a worker with a child gives up by itself, before that
+        fewest = max(1, most if fewest is None else fewest)
+        terms = Terms(most, fewest, resources, self.placement.startup_s, building, self.placement.attempts)
+        asked = {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"], "max_restarts": 0, "max_task_retries": 0}
+        actor: Any = ray.remote(RewardActor)
+        told = (cloudpickle.dumps(self.told), self.limits, self.isolate) if most else ()
+
+        def make() -> Any:
+            return actor.options(max_concurrency=1, **asked).remote(*told)
+
+        return Roster(make, terms)
+
+    # -- life
+
+    def start(self) -> None:
+        """Returns when rewards are built somewhere. A ``ValueError`` says why they cannot be, or find no room."""
+        self.stopping = False
+        if not self.placement.actors:
+            self.local = self.local or worker(self.told, self.limits, self.isolate)
+            return
+        with self.lock:
+            try:
+                self.roster.grow(self.roster.terms.fewest)
+                while not self.roster.up:
+                    self.roster.wait()
+            except BaseException:
+                self.stop()
+                raise
 
     def stop(self) -> None:
-        """Ends the actors."""
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []
-
-    def _collect(self, number: int, ref: Any, expected: int) -> Scores:
+        """Ends actors and children; a run under way on another thread ends with an exception."""
+        self.stopping = True
+        waited = self.lock.acquire(timeout=GRACE)
         try:
-            return ray.get(ref)
-        except RayActorError as error:
-            self.actors[number] = self.placed.remote(*self.arguments)
-            reason = f"reward actor lost: {str(error).splitlines()[0]}"[:200]
-            return Scores(np.full(expected, np.nan), np.zeros(expected, dtype=bool), 0, (reason,))
+            if self.local is not None:
+                self.local.stop()
+            told = [seat.actor.stop.remote() for seat in self.roster.up if not seat.sent]
+            if told:
+                ray.wait(told, num_returns=len(told), timeout=GRACE)
+            for seat in list(self.roster.seats):
+                self.roster.dismiss(seat, "stopped")
+            self.local, self.flying = None, {}
+        finally:
+            if waited:
+                self.lock.release()
+
+    @property
+    def num_actors(self) -> int:
+        """Actors whose rewards are built."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self.roster.look()
+            finally:
+                self.lock.release()
+        return len(self.roster.up)
+
+    @property
+    def lost(self) -> int:
+        """Actors lost so far, by whatever cause."""
+        return self.roster.counts["lost"]
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Over the pool's life: works, resent, divided; actors made, stopped, refused, lost; restarts of children."""
+        return dict(self.counts + self.roster.counts)
+
+    # -- work
+
+    def run(
+        self,
+        events: Any,
+        context: Mapping[str, np.ndarray],
+        wanted: Mapping[int, np.ndarray],
+        *,
+        call: int,
+        keys: bool = False,
+        metadata: Mapping[str, Any] = {},
+    ) -> Outcome:
+        """What parts (``DECODE`` among them) say about the rows they are wanted for; other rows stay NaN."""
+        told = {"call": call, "events": events, "context": dict(context), "keys": keys, "metadata": dict(metadata)}
+        wanted = {part: np.asarray(rows, dtype=int) for part, rows in wanted.items() if len(rows)}
+        with self.lock:
+            if not self.placement.actors:
+                return self._run_here(told, wanted)
+            under_way = Call(told, wanted, self.groups, self._owners(call, len(events)))
+            try:
+                self._begin(under_way)
+                while not under_way.over():
+                    self._fill(under_way)
+                    self._listen(under_way)
+                    self._tick(under_way)
+            finally:
+                for _, job in (entry for seat in self.roster.seats for entry in seat.sent):
+                    job.settled = True  # another has answered, or the run is cut short: nobody waits for these
+            self.roster.shrink(0)
+            return under_way.whole
+
+    def _run_here(self, told: dict[str, Any], wanted: dict[int, np.ndarray]) -> Outcome:
+        assert self.local is not None, "start() comes first"
+        call = Call(told, wanted, set(), np.full(len(told["events"]), NOBODY))
+        if wanted:
+            job = call.take(NOBODY, NOBODY, len(told["events"]))
+            call.hear(NOBODY, job, self.local.work(job.work(**told)))
+        return call.whole
+
+    def _owners(self, call: int, num_events: int) -> np.ndarray:
+        """Which actor has each event decoded, of those that are there."""
+        owners = self.owners.setdefault(call, np.full(num_events, NOBODY))
+        self.owners.move_to_end(call)
+        while len(self.owners) > CALLS_HELD:
+            self.owners.popitem(last=False)
+        owners[~np.isin(owners, [seat.number for seat in self.roster.up])] = NOBODY
+        return owners
+
+    def _begin(self, call: Call) -> None:
+        self.roster.look()
+        needed = self._needed(call)
+        self.roster.shrink(needed)
+        self.roster.grow(needed)
+
+    def _needed(self, call: Call) -> int:
+        """Actors that have no more than ``BACKLOG`` seconds of work each."""
+        asked = {part: sum(int(mask[rows].sum()) for rows in call.piles.values()) for part, mask in call.asked.items()}
+        jobs = [*call.again, *(job for seat in self.roster.seats for _, job in seat.sent if not job.settled)]
+        seconds = (self.pace.of(asked) or 0.0) + sum(self._expected(job) or 0.0 for job in jobs)
+        return max(self.roster.terms.fewest, math.ceil(seconds / BACKLOG))
+
+    # -- sending
+
+    def _fill(self, call: Call) -> None:
+        """Gives every actor what it may hold, the idle first."""
+        for depth in range(self.placement.in_flight):
+            for seat in self.roster.up:
+                if len(seat.sent) == depth and (call.again or call.piles):
+                    job = self._next(call, seat)
+                    if job is not None:
+                        self._send(call, seat, job)
+
+    def _next(self, call: Call, seat: Seat) -> Job | None:
+        """What this actor is sent now. While suspects wait, which run alone, only idle actors are sent anything."""
+        while call.again and call.again[0].settled:
+            call.again.popleft()
+        if seat.sent and (seat.sent[-1][1].alone or any(job.alone for job in call.again)):
+            return None
+        if call.again:
+            return call.again.popleft()
+        if not call.piles:
+            return None
+        pile = call.pile(seat.number)
+        size, seconds = self._size(call, seat, pile)
+        return None if seat.sent and seconds > DEEP else call.take(seat.number, pile, size)
+
+    def _size(self, call: Call, seat: Seat, pile: int) -> tuple[int, float]:
+        """(rows, seconds) of the next work: probes until the pace is known, less and less towards the end."""
+        batch = max(self.batches[part] for part in call.asked)
+        if not call.asked.keys() <= self.pace.seconds.keys():
+            return batch * min(64, 1 + call.heard), 0.0  # many answers without a pace: nothing there to be called with
+        rows = call.ahead(seat.number, pile, call.largest)
+        parts = set(call.asked) - {DECODE} if pile == seat.number else {*call.asked, DECODE}
+        costs = sum(self.pace.seconds.get(part, 0.0) * call.mask(part)[rows] for part in parts) + np.zeros(len(rows))
+        num_up = len(self.roster.up)
+        target = min(LONGEST, max(self.placement.target_seconds, PER_WORK * num_up))
+        left = float(costs.mean()) * sum(map(len, call.piles.values()))
+        ends = np.cumsum(costs)
+        seconds = max(SHORTEST, min(target, left / (2 * num_up)))
+        size = int(np.searchsorted(ends, OVER * seconds, side="right"))
+        size = max(batch, size // batch * batch)
+        return size, float(ends[min(size, len(ends)) - 1])
+
+    def _send(self, call: Call, seat: Seat, job: Job) -> None:
+        self.flying[seat.send(job, job.work(**call.told))] = seat
+        self.counts["works"] += 1
+
+    # -- hearing
+
+    def _listen(self, call: Call) -> None:
+        """Waits for one answer, a moment at most."""
+        if not self.flying:
+            self.roster.wait()
+            return
+        for ref in ray.wait(list(self.flying), num_returns=1, timeout=TICK)[0]:
+            self._hear(call, self.flying[ref], ref)
+
+    def _hear(self, call: Call, seat: Seat, ref: Any) -> None:
+        try:
+            job, outcome = seat.take(ref)
+        except RayError as error:
+            self._lose(call, seat)
+            if isinstance(error, RayTaskError) and not isinstance(error.cause, MemoryError):
+                raise  # no sample's doing: a worker lets nothing else through
+            return
+        del self.flying[ref]
+        self.pace.learn(outcome)
+        self.counts["restarts"] += outcome.restarts
+        call.hear(seat.number, job, outcome)
+
+    def _lose(self, call: Call, seat: Seat, late: bool = False) -> None:
+        """Replaces an actor and has its works done by others. Only what was under way can be to blame."""
+        for ref in seat.answers():  # it may have answered one before it died over the next
+            with contextlib.suppress(RayError):
+                call.hear(seat.number, *seat.take(ref))
+        self.flying = {ref: other for ref, other in self.flying.items() if other is not seat}
+        for position, job in enumerate(self.roster.dismiss(seat, "lost")):
+            if position == 0 and not job.settled:
+                self._blame(call, job, late)
+            elif not job.settled and not job.copies:
+                job.alone = True  # innocent, but the next actor shall not lose anything with it if it is not
+                call.again.appendleft(job)
+        self.roster.grow(len(self.roster.seats) + 1)
+
+    def _blame(self, call: Call, job: Job, late: bool) -> None:
+        """Divides a job, at once where rewards share the actor's process; a single sample has several attempts."""
+        job.deaths += 1
+        attempts = 1 + self.limits.retries if late and not self.isolate else self.placement.attempts
+        pieces = job.pieces() if job.deaths >= attempts or not self.isolate else []
+        if pieces:
+            self.counts["divided"] += 1
+            call.settle(job)
+            call.put(pieces)
+        elif job.deaths < attempts and not job.copies:
+            job.alone = True
+            call.again.appendleft(job)
+        elif not job.copies and late:
+            call.fail(job, f"timed out: no answer within {self._allowed(job):g} s")
+        elif not job.copies:
+            call.fail(job, f"lost: the reward actor died {job.deaths} times under this sample")
+
+    # -- what does not announce itself
+
+    def _tick(self, call: Call) -> None:
+        now = time.monotonic()
+        if now - self.ticked < TICK:
+            return
+        self.ticked = now
+        if self.stopping:
+            raise RuntimeError("the reward pool was stopped while it was at work")
+        self.roster.look()
+        for seat in [seat for seat in self.roster.up if seat.sent]:
+            if now - seat.since > self._allowed(seat.sent[0][1]):
+                self._lose(call, seat, late=True)
+        if not call.piles and not call.again:
+            self._resend(call, now)
+        self.roster.grow(self._needed(call))
+
+    def _resend(self, call: Call, now: float) -> None:
+        """Stragglers are sent once more, to who has nothing to do."""
+        idle = [seat for seat in self.roster.up if not seat.sent]
+        for seat in self.roster.up:
+            expected = 0.0
+            for _, job in list(seat.sent):
+                expected += self._expected(job) or math.inf
+                spared = job.settled or job.resent or (job.alone and not self.isolate)
+                if idle and not spared and now - seat.since > 3 * expected + 1:
+                    job.resent = True
+                    self.counts["resent"] += 1
+                    self._send(call, idle.pop(), job)
+
+    def _expected(self, job: Job) -> float | None:
+        return self.pace.of({DECODE: len(job.rows), **{part: len(rows) for part, rows in job.asked.items()}})
+
+    def _allowed(self, job: Job) -> float:
+        """Seconds after which an actor is given up: long where its child is watched, and outlived, by the actor."""
+        if self.isolate:
+            each = (1 + self.limits.retries) * self.limits.timeout + GRACE
+            return each * sum(map(len, job.asked.values())) + self.limits.startup + GRACE
+        together = len(job.rows) if job.whole else min(len(job.rows), max(self.batches[part] for part in job.asked))
+        return self.limits.timeout * together * len(job.asked) + 10 * (self._expected(job) or 0.0) + GRACE

@@ -1,0 +1,1 @@
+"""Molecules. Ready-made rewards on SMILES or RDKit Mol objects."""

@@ -1,0 +1,1 @@
+"""Receptors that are shipped, and the script that prepares them."""

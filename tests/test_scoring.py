@@ -1,0 +1,320 @@
+"""Rewards in a run: composition, cache, budget, failures, watching, overlap; what a user sees of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from rayft.algorithms.config import DiffusionConfig
+from rayft.cli import main
+from rayft.reward import Reward
+from rayft.spec import algorithm, parse
+from rayft.table import Table
+
+SMALL: dict[str, Any] = {
+    "algorithm": "ppo",
+    "domain": "toy",
+    "reward": "quadratic",
+    "iterations": 3,
+    "chain": {"num_steps": 10},
+    "training": {"alpha": 0.5, "chains": 64, "minibatch_size": 64},
+    "evaluate": {"every": 0, "chains": 64, "pretrained_chains": 256},
+}
+
+FILE = """
+import numpy as np
+
+CALLS = []
+
+
+def right(samples):
+    return [float(x[0]) for x in samples]
+
+
+def up(samples):
+    return [float(x[1]) for x in samples]
+
+
+def fails_on_the_left(samples):
+    if any(x[0] < 0 for x in samples):
+        raise RuntimeError("left of zero")
+    return [float(x[0]) for x in samples]
+
+
+def both(samples, conditions, metadata):
+    return np.array([x[0] for x in samples]), {"height": [x[1] for x in samples]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(FILE)
+    return str(tmp_path / "mine.py")
+
+
+def small(**changed: Any) -> DiffusionConfig:
+    tree = {**SMALL, **changed}
+    for key in ("training", "evaluate"):
+        tree[key] = {**SMALL[key], **changed.get(key, {})}
+    return parse(tree).checked()
+
+
+def run(tmp_path: Path, *overrides: str, name: str = "one", **changed: Any) -> tuple[int, Path]:
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **changed}))
+    code = main(["run", str(tmp_path / f"{name}.yaml"), f"output={tmp_path / 'runs'}", "--quiet", *overrides])
+    return code, tmp_path / "runs" / name
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return Table(folder / "metrics.csv").rows
+
+
+# -- several rewards as one
+
+
+def test_parts_are_weighted_logged_on_their_own_and_the_same_for_every_purpose(ray_session, file):
+    parts = {"right": {"name": f"{file}:right", "weight": 0.25}, "up": {"name": f"{file}:up", "weight": 0.75}}
+    algo = small(reward={"name": "combine", "aggregate": "sum", "parts": parts}).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    scores = algo.score(draw)
+    np.testing.assert_allclose(scores.rewards, draw.events @ [0.25, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(scores.parts["up"], draw.events[:, 1], rtol=1e-6)
+    result = algo.train()
+    assert result["reward_mean"] == pytest.approx(0.25 * result["part/right"] + 0.75 * result["part/up"])
+    algo.stop()
+
+
+def test_an_expensive_part_is_called_only_where_the_cheap_one_lets_it_through(ray_session, file):
+    parts = {
+        "right": {"name": f"{file}:right", "weight": 0.0},
+        "up": {"name": f"{file}:up", "only_if": {"right": 0.5}, "otherwise": -1.0},
+    }
+    algo = small(reward={"name": "combine", "aggregate": "sum", "parts": parts}).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    scores = algo.score(draw)
+    passed = draw.events[:, 0] >= 0.5
+    assert 0 < passed.sum() < 64
+    assert scores.num_calls == 64 + passed.sum()
+    np.testing.assert_allclose(scores.rewards, np.where(passed, draw.events[:, 1], -1.0), rtol=1e-6)
+    algo.stop()
+
+
+def test_a_curriculum_moves_the_training_reward_and_never_the_evaluated_one(ray_session, file):
+    parts = {"right": {"name": f"{file}:right", "weight": {0: 0.0, 2: 1.0}}, "up": {"name": f"{file}:up"}}
+    algo = small(reward={"name": "combine", "aggregate": "sum", "parts": parts}).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    early = algo.rewards.score(draw.events, {}, "train", iteration=0).rewards
+    middle = algo.rewards.score(draw.events, {}, "train", iteration=1).rewards
+    final = algo.rewards.score(draw.events, {}, "evaluate").rewards
+    np.testing.assert_allclose(early, draw.events[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(middle, draw.events @ [0.5, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(final, draw.events.sum(1), rtol=1e-6)
+    algo.stop()
+
+
+def test_a_z_score_is_of_the_pretrained_samples_and_survives_a_checkpoint(ray_session, file, tmp_path):
+    parts = {"right": {"name": f"{file}:right", "transform": {"zscore": {}}}}
+    config = small(reward={"name": "combine", "aggregate": "sum", "parts": parts})
+    algo = config.build_algo()
+    algo.train()
+    scored = algo.pretrained.rewards
+    assert scored.mean() == pytest.approx(0, abs=1e-9)
+    assert scored.std() == pytest.approx(1)
+    algo.save_to_path(str(tmp_path / "saved"))
+    fitted = algo.rewards.recipe.state()
+    algo.stop()
+    other = config.build_algo()
+    assert other.rewards.recipe.state() != fitted
+    other.restore_from_path(str(tmp_path / "saved"))
+    assert other.rewards.recipe.state() == fitted
+    other.stop()
+
+
+def test_numbers_that_a_reward_returns_beside_its_scores_are_logged(ray_session, file):
+    algo = small(reward=f"{file}:both").build_algo()
+    assert np.isfinite(algo.train()["part/both.height"])
+    algo.stop()
+
+
+# -- samples it fails on
+
+
+def test_failed_samples_are_dropped_or_have_the_floor_and_are_counted_either_way(ray_session, file):
+    for told in ({}, {"on_failure": "floor", "floor": -7.0}):
+        algo = small(reward=f"{file}:fails_on_the_left", scoring={"max_failed": 1.0, **told}).build_algo()
+        draw = algo.collect("train", algo.draw_function(), 64)
+        scores, left = algo.score(draw), draw.events[:, 0] < 0
+        assert scores.num_failed == left.sum() > 0
+        assert (scores.rewards[left] == -7.0).all() if told else np.isnan(scores.rewards[left]).all()
+        np.testing.assert_allclose(scores.rewards[~left], draw.events[~left, 0], rtol=1e-6)
+        assert np.isfinite(algo.train()["learners"]["default_policy"]["total_loss"])
+        algo.stop()
+
+
+def test_too_many_failures_stop_the_run_with_their_reasons(ray_session, file, tmp_path, capfd):
+    code, _ = run(tmp_path, "scoring.max_failed=0.1", reward=f"{file}:fails_on_the_left")
+    said = capfd.readouterr().err
+    assert code == 2
+    assert re.search(
+        r"failed on \d+ of 256 samples, more than scoring.max_failed = 0.1: raised: RuntimeError: left", said
+    )
+
+
+def test_a_user_is_told_what_failed_and_why(ray_session, file, tmp_path, capfd):
+    code, folder = run(tmp_path, "scoring.max_failed=1", reward=f"{file}:fails_on_the_left")
+    assert code == 0
+    assert "RuntimeError: left of zero" in capfd.readouterr().err
+    told = json.loads((folder / "rewards.json").read_text())
+    assert "RuntimeError: left of zero" in json.dumps(told)
+    assert sum(row["reward_failed"] for row in rows(folder)) > 0
+
+
+# -- what is paid
+
+
+def test_a_second_run_with_the_cache_pays_nothing(ray_session, tmp_path):
+    calls = []
+    for name in ("first", "second"):
+        code, folder = run(tmp_path, f"scoring.cache={tmp_path / 'scores.sqlite'}", name=name)
+        assert code == 0
+        calls.append([row["reward_calls"] for row in rows(folder)])
+        left = (folder / "evaluations" / "pretrained.npz", [row["reward_mean"] for row in rows(folder)])
+    assert calls[0] == [256 + 64, 256 + 128, 256 + 192 + 64]
+    assert calls[1] == [0, 0, 0]
+    with sqlite3.connect(tmp_path / "scores.sqlite") as file:
+        assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    first = [row["reward_mean"] for row in rows(tmp_path / "runs" / "first")]
+    assert left[1] == first
+
+
+def test_equal_samples_of_one_call_are_paid_once(ray_session, file):
+    algo = small(reward=f"{file}:right", scoring={"cache": "memory"}).build_algo()
+    events = np.repeat(np.arange(8.0).reshape(4, 2), 5, axis=0)
+    scores = algo.rewards.score(events, {})
+    assert scores.num_calls == 4
+    assert scores.num_hits == 16
+    assert scores.rewards.tolist() == events[:, 0].tolist()
+    assert algo.rewards.score(events, {}).num_calls == 0
+    algo.stop()
+
+
+def test_the_budget_of_calls_ends_a_run_cleanly_before_it_is_overdrawn(ray_session, tmp_path, capfd):
+    code, folder = run(tmp_path, "scoring.max_reward_calls=520", "iterations=50")
+    assert code == 0
+    told = rows(folder)
+    assert told[-1]["iteration"] == 3
+    assert told[-1]["reward_calls"] == 256 + 3 * 64
+    assert "scoring.max_reward_calls is 520" in json.loads((folder / "run.json").read_text())["status"]
+    assert (folder / "report.html").is_file()
+    code, _ = run(tmp_path, "scoring.max_reward_calls=300", name="two")
+    assert code == 2
+    assert "scoring.max_reward_calls is 300" in capfd.readouterr().err
+
+
+# -- held-out rewards
+
+
+def test_watched_rewards_are_told_before_and_after_and_never_optimised(ray_session, file, tmp_path):
+    code, folder = run(tmp_path, "evaluate.every=1", watch={"height": f"{file}:up"})
+    assert code == 0
+    last = rows(folder)[-1]
+    assert np.isfinite([last["evaluate/watch/height"], last["evaluate/watch/height_pretrained"]]).all()
+    kept = np.load(folder / "evaluations" / "pretrained.npz")
+    np.testing.assert_allclose(kept["watch/height"], kept["x_0"][:, 1], rtol=1e-6)
+    alone = run(tmp_path, "evaluate.every=1", name="two")[1]
+    assert [row["reward_mean"] for row in rows(alone)] == [row["reward_mean"] for row in rows(folder)]
+
+
+# -- drawing while scoring
+
+
+def test_pieces_of_a_draw_are_scored_in_their_places(ray_session, file):
+    algo = small(reward=f"{file}:right", scoring={"micro_batches": 5, "actors": 1}).build_algo()
+    pieces = algo.draw_scored(0)
+    assert [len(piece.draw.events) for piece in pieces] == [13, 13, 13, 13, 12]
+    for piece in pieces:
+        np.testing.assert_allclose(piece.scores.result().rewards, piece.draw.events[:, 0], rtol=1e-6)
+    assert np.isfinite(algo.train()["reward_mean"])
+    algo.stop()
+
+
+def test_with_staleness_the_next_draw_is_of_the_weights_before(ray_session, file):
+    algo = small(reward=f"{file}:right", scoring={"staleness": 1}).build_algo()
+    algo.train()
+    ahead = algo.ahead[0].draw.chains.x
+    fresh = algo.collect("train", algo.draw_function(), 64).chains.x
+    assert (ahead[-1] == fresh[-1]).all()
+    assert not np.allclose(ahead, fresh)
+    assert np.isfinite(algo.train()["reward_mean"])
+    algo.horizon = 3
+    algo.train()
+    assert algo.ahead is None
+    algo.stop()
+
+
+class Spread(Reward):
+    """Scores a sample by its distance from the others."""
+
+    groupwise = True
+
+    def __call__(self, samples: Any) -> np.ndarray:
+        return np.linalg.norm(np.stack(samples) - np.mean(samples, axis=0), axis=1)
+
+
+def test_a_groupwise_reward_sees_the_whole_batch_and_refuses_pieces_of_it(ray_session):
+    algo = small().reward(Spread, actors=2).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    expected = np.linalg.norm(draw.events - draw.events.mean(axis=0), axis=1)
+    np.testing.assert_allclose(algo.score(draw).rewards, expected, rtol=1e-5)
+    algo.stop()
+    with pytest.raises(ValueError, match="would show it only a piece"):
+        small().reward(Spread).scoring(micro_batches=2).validate()
+
+
+# -- rayft score
+
+
+def test_score_says_that_a_reward_is_learnable_and_what_a_run_would_pay(ray_session, tmp_path, capsys):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(SMALL))
+    assert main(["score", str(tmp_path / "one.yaml"), "--num", "200", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["learnable"]
+    assert told["samples"] == told["calls"] == 200
+    assert told["cost"]["calls"] == 3 * 64 + 64 + 256
+    assert told["std"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return [1.0 for _ in samples]", "all 256 scores are equal (1): there is nothing to learn from"),
+        ("return [float(x[0] > 1.72) for x in samples]", "one and the same score"),
+        ("return [None if x[0] < 0.5 else 1.0 * x[0] for x in samples]", "the reward fails on"),
+    ],
+)
+def test_score_says_why_a_reward_is_not_learnable(ray_session, tmp_path, capsys, body, said):
+    (tmp_path / "mine.py").write_text(f"def f(samples):\n    {body}\n")
+    asked = ["score", "256", "--reward", f"{tmp_path}/mine.py:f", "scoring.max_failed=1", "scoring.timeout=5"]
+    assert main(asked) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_score_reads_a_file_of_samples(ray_session, tmp_path, capsys):
+    (tmp_path / "words.smi").write_text("CC first\nCCC second\nC third\n")
+    (tmp_path / "mine.py").write_text("def length(samples):\n    return [len(x) for x in samples]\n")
+    asked = ["score", str(tmp_path / "words.smi"), "--reward", f"{tmp_path}/mine.py:length", "--json"]
+    assert main(asked) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["mean"], told["min"], told["max"]) == (3, 2.0, 1.0, 3.0)
+
+
+def test_algorithms_that_pay_for_payoffs_are_metered_as_such(ray_session):
+    for name, purpose in (("rgdm", "payoff"), ("ppo", "train")):
+        assert algorithm(name)().algo_class.pays_for == purpose
