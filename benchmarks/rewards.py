@@ -29,8 +29,9 @@ from ray.util import ActorPool
 from benchmarks import _result
 from rayft.algorithms.ppo import PPOConfig
 from rayft.algorithms.rwmle import RWMLEConfig
-from rayft.rewards.cache import Entry, SharedCache
+from rayft.rewards.cache import SharedCache
 from rayft.rewards.pool import Placement, RewardPool
+from rayft.rewards.shelf import Entry
 from rayft.rewards.worker import Limits, Outcome
 from rayft.score import Part, Told
 
@@ -87,7 +88,8 @@ def qed(quick: bool) -> dict[str, _result.Figure]:
     molecules = read_molecules()[: 2000 if quick else 20000]
     reward = make_qed()
     expected = np.array(reward(molecules))
-    plain = [PlainActor.remote() for _ in range(2)]
+    made_actor: Any = ray.remote(num_cpus=1)(Plain)
+    plain = [made_actor.remote() for _ in range(2)]
     ray.get([actor.score.remote(molecules[:BATCH]) for actor in plain])
     batches = [molecules[i : i + BATCH] for i in range(0, len(molecules), BATCH)]
     with multiprocessing.get_context("spawn").Pool(2, initializer=_start_qed) as pool, made(QED, actors=2) as ours:
@@ -148,9 +150,8 @@ def _score_qed(molecules: Sequence[str]) -> list[float]:
     return list(_own(molecules))
 
 
-@ray.remote(num_cpus=1)
-class PlainActor:
-    """What anybody would write."""
+class Plain:
+    """What anybody would write as an actor."""
 
     def __init__(self) -> None:
         self.reward = make_qed()
@@ -165,8 +166,9 @@ class PlainActor:
 def sleep(quick: bool) -> dict[str, _result.Figure]:
     """Efficiency of many actors on two cores, with the memory that they and their children take."""
     told: dict[str, _result.Figure] = {}
+    started = taken = 0.0
     for num in (4,) if quick else (32, 64):
-        before, start = set(memory()), time.perf_counter()
+        start = time.perf_counter()
         with made(SLEEP, actors=num) as pool:
             items = list(range(num * (20 if quick else 100)))
             run(pool, items[: 4 * num])
@@ -175,18 +177,20 @@ def sleep(quick: bool) -> dict[str, _result.Figure]:
             started = time.perf_counter() - start
             perfect = 0.05 * len(items) / num
             times = [timed(lambda pool=pool, items=items: run(pool, items)) for _ in range(2 if quick else 4)]
-            grown = sum(size for pid, size in memory().items() if pid not in before)
+            taken = memory()
         told[f"sleep/{num}"] = _result.over_seeds([perfect / seconds for seconds in times])
-    return {**told, "sleep/start_seconds": _result.Figure(started), "sleep/rss_gb": _result.Figure(grown / 1e9)}
+    return {**told, "sleep/start_seconds": _result.Figure(started), "sleep/rss_gb": _result.Figure(taken / 1e9)}
 
 
-def memory() -> dict[int, int]:
-    """Process -> resident bytes, for all that this benchmark has started."""
-    sizes: dict[int, int] = {}
+def memory() -> int:
+    """Resident bytes of all reward actors and of the processes under them."""
+    found: dict[int, int] = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            sizes[process.pid] = process.memory_info().rss
-    return sizes
+            if "RewardActor" in " ".join(process.cmdline()):
+                for one in (process, *process.children(recursive=True)):
+                    found[one.pid] = one.memory_info().rss
+    return sum(found.values())
 
 
 # -- scores that are known already
@@ -262,19 +266,18 @@ def overlap(quick: bool) -> dict[str, _result.Figure]:
         timed(lambda i=i: probe.collect("train", probe.draw_function(), chains, iteration=i)) for i in range(5)
     )
     probe.stop()
-    ratios: dict[int, list[float]] = {1: [], 8: []}
-    algos = {pieces: built(pieces, sampling) for pieces in ratios}
+    rounds: list[list[float]] = []
+    algos = {pieces: built(pieces, sampling) for pieces in (1, 8)}
     for algo in algos.values():
         algo.train()
     for _ in range(2 if quick else 8):
-        for pieces, algo in algos.items():
-            draw = timed(lambda algo=algo: algo.collect("train", algo.draw_function(), chains))
-            ratios[pieces].append(timed(algo.train) / max(draw, sampling))
+        draw = timed(lambda: algos[1].collect("train", algos[1].draw_function(), chains))
+        rounds.append([timed(algo.train) / max(draw, sampling) for algo in algos.values()])
     for algo in algos.values():
         algo.stop()
     return {
-        "overlap/ratio": _result.over_seeds(ratios[8]),
-        "overlap/without": _result.over_seeds(ratios[1]),
+        "overlap/ratio": _result.over_rounds(rounds, lambda r: float(np.median(r[:, 1]))),
+        "overlap/without": _result.over_rounds(rounds, lambda r: float(np.median(r[:, 0]))),
         "overlap/sampling_seconds": _result.Figure(sampling),
     }
 
@@ -288,7 +291,7 @@ def mischief(quick: bool) -> dict[str, _result.Figure]:
     failed = 0
     for seed in range(1 if quick else 3):
         for share, attained in shares.items():
-            algo = (
+            algo: Any = (
                 PPOConfig()
                 .domain("toy")
                 .reward(MISCHIEF, share=share)
@@ -347,8 +350,8 @@ def interleaved(ways: Sequence[Callable[[], Any]], num_rounds: int) -> list[list
     """Seconds [round, way]; who is first changes from round to round."""
     rounds = []
     for number in range(num_rounds):
-        order = np.roll(np.arange(len(ways)), number)
-        seconds = dict(zip(order.tolist(), [timed(ways[i]) for i in order], strict=True))
+        order = np.roll(np.arange(len(ways)), number).tolist()
+        seconds = {i: timed(ways[i]) for i in order}
         rounds.append([seconds[i] for i in range(len(ways))])
     return rounds
 

@@ -185,18 +185,19 @@ def _asked(told: argparse.Namespace) -> tuple[Any, int | str, bool]:
     from rayft import learnable
     from rayft import spec as specs
 
-    if told.what is not None and "=" in told.what and not Path(told.what).exists():
-        told.overrides, told.what = [told.what, *told.overrides], None
-    samples = told.what is not None and (told.what.isdigit() or Path(told.what).suffix in learnable.FILES)
-    file = None if samples else told.what
+    what = told.what or ""
+    if "=" in what and not Path(what).exists():
+        told.overrides, what = [what, *told.overrides], ""
+    samples = what.isdigit() or Path(what).suffix in learnable.FILES
+    file = None if samples else what or None
     given = [f"{key}={value}" for key, value in (("reward", told.reward), ("domain", told.domain)) if value is not None]
     tree = [] if file else ["algorithm=ppo", "domain=toy"]
     if file is None and told.reward is None and not any(text.startswith("reward") for text in told.overrides):
         raise ValueError("nothing to score with: give --reward NAME, or a YAML")
     spec = specs.read(file, [*tree, *given, *told.overrides])
-    if samples and not told.what.isdigit():
-        return spec, told.what, False
-    return spec, int(told.what) if samples else told.num, file is not None
+    if samples and not what.isdigit():
+        return spec, what, False
+    return spec, int(what) if samples else told.num, file is not None
 
 
 def export(told: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,8 +19,11 @@ SHOWN = {
     "attained": "evaluate/attained",
     "frontier": "evaluate/frontier_share",
     "calls": "reward_calls",
+    "hits": "cache_hits",
+    "failed": "reward_failed",
     "chains/s": "chains_per_s",
 }
+SHOWN_IF_ANY = ("hits", "failed")
 
 
 class Terminal:
@@ -35,11 +39,12 @@ class Terminal:
 
     def row(self, row: Mapping[str, float], total: int) -> None:
         self.seen |= {label: row[key] for label, key in SHOWN.items() if key in row}
-        said = "  ".join(f"{label} {value:,.4g}" for label, value in self.seen.items())
+        told = {label: value for label, value in self.seen.items() if value > 0 or label not in SHOWN_IF_ANY}
+        said = "  ".join(f"{label} {value:,.4g}" for label, value in told.items())
         self.progress.update(self.task, total=total, completed=row["iteration"], said=said)
 
     def event(self, text: str) -> None:
-        self.console.print(f"[yellow]{text}")
+        self.console.print(text, style="yellow", markup=False)  # a reward's own words may hold brackets
 
     def close(self) -> None:
         self.progress.stop()
@@ -87,6 +92,10 @@ def before_after(told: Mapping[str, float]) -> Table:
         return f"{told[name]:.4f}" if name in told and told[name] == told[name] else "-"
 
     table.add_row("reward", cell("reward_pretrained"), cell("reward"), "")
+    for kind in ("part", "watch"):
+        for name in (name for name in told if name.startswith(f"{kind}/") and f"{name}_pretrained" in told):
+            label = f"{kind}: {name.removeprefix(f'{kind}/')}"
+            table.add_row(escape(label), cell(f"{name}_pretrained"), cell(name), "")
     table.add_row("KL (nats)", "0", cell("kl"), "")
     if "objective" in told:
         table.add_row("J", cell("reward_pretrained"), cell("objective"), f"{cell('optimum')} = J*")

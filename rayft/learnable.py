@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,10 @@ class Finding:
 
     def told(self) -> dict[str, Any]:
         """As plain numbers, for --json."""
-        known, quantiles = self.known, [0, 0.05, 0.5, 0.95, 1]
-        spread = dict(zip(("min", "p5", "median", "p95", "max"), np.quantile(known, quantiles).tolist(), strict=True))
+        known, spread = self.known, {}
+        if len(known):
+            places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+            spread = {name: float(np.quantile(known, place)) for name, place in places.items()}
         return {
             "samples": len(self.scores.rewards),
             "failed": self.scores.num_failed,
@@ -101,7 +103,7 @@ class Finding:
             "undecodable": int(self.scores.undecodable.sum()),
             "mean": float(known.mean()) if len(known) else None,
             "std": float(known.std()) if len(known) else None,
-            **(spread if len(known) else {}),
+            **spread,
             "ties": self.ties,
             "components": {k: _mean(v) for k, v in {**self.scores.parts, **self.scores.watch}.items()},
             "calls": self.scores.num_calls,
@@ -120,7 +122,7 @@ def inspect(spec: RunSpec, what: str | int, seed: int = 0, whole: bool = True) -
     Unless the spec is ``whole``, nobody has said what the run would be, and nothing is told of it.
     """
     config = spec.checked()
-    world, told = config.build_domain(), config.section("scoring")
+    world, told = config.build_domain(), replace(config.section("scoring"), max_failed=1.0)
     samples = None if isinstance(what, int) else read(Path(what))
     decoder = world.decoder if samples is None else None
     rewards = RewardService(config.recipe(world), decoder, world.canonical, world.rewards, told)

@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -31,6 +32,7 @@ CURVES = {  # title: unit, column of training, column of the evaluations
 }
 NUM_BINS = 60
 NUM_BATCHES, STUDENT = 10, 2.26  # for the interval of the diversity: batches, and t's 97.5% quantile at 9
+CLEAR = 2.0  # standard errors of the change by which a mean must have moved to be spoken of
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Found:
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    meter: dict[str, Any] = field(default_factory=dict)  # what rewards cost, as rewards.json has it
     pretrained: Samples | None = None
     policy: Samples | None = None  # as last evaluated
     reached: dict[int, tuple[float, float]] = field(default_factory=dict)  # iteration: (KL, reward)
@@ -73,6 +76,9 @@ def read(run: Path, alpha: float | None) -> Found:
     def text(name: str) -> str:
         return (run / name).read_text("utf-8", errors="replace")
 
+    def meter() -> dict[str, Any]:
+        return checked(json.loads(text("rewards.json"))) if (run / "rewards.json").is_file() else {}
+
     def events() -> list[dict[str, Any]]:
         if not (run / "events.jsonl").is_file():  # there only once a guard has spoken
             return []
@@ -82,6 +88,7 @@ def read(run: Path, alpha: float | None) -> Found:
     found.run = found.attempt("run.json", lambda: checked(json.loads(text("run.json"))), {})
     found.config = found.attempt("config.yaml", lambda: checked(yaml.safe_load(text("config.yaml"))), {})
     found.events = found.attempt("events.jsonl", events, [])
+    found.meter = found.attempt("rewards.json", meter, {})
     found.rows = found.attempt("metrics.csv", lambda: Table(run / "metrics.csv").rows, [])
     if not found.rows:
         found.missing.append("There is no iteration in metrics.csv.")
@@ -157,6 +164,90 @@ def curves(found: Found) -> list[dict[str, Any]]:
             marks = {"before": before.get(title), "best": best.get(title)}
             told.append({"title": title, "unit": unit, "line": lines, "dots": points, **marks})
     return told if found.rows else []
+
+
+# -- rewards beside the optimised one
+
+
+class Means(NamedTuple):
+    """A reward's mean among samples of the pretrained model and of the policy, and how sure the change is."""
+
+    before: float
+    after: float
+    error: float  # standard error of after - before
+    spread: float  # standard deviation among the pretrained samples
+
+    @property
+    def num_errors(self) -> float:
+        """The change in standard errors; 0 where rounding alone would explain it."""
+        change = self.after - self.before
+        if not abs(change) > 1e-9 * max(abs(self.before), abs(self.after)):
+            return 0.0
+        return change / self.error if self.error else math.copysign(math.inf, change)
+
+
+def means(before: np.ndarray, after: np.ndarray) -> Means:
+    """Over samples that did not fail; NaN where there are too few."""
+    sets = [values[np.isfinite(values)] for values in (before, after)]
+    centres = [float(np.mean(kept)) if len(kept) else math.nan for kept in sets]
+    errors = [float(np.std(kept, ddof=1)) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan for kept in sets]
+    return Means(centres[0], centres[1], math.hypot(*errors), float(np.std(sets[0])) if len(sets[0]) else math.nan)
+
+
+def beside(found: Found, prefix: str) -> dict[str, Means]:
+    """The rewards that were scored beside the optimised one, ``watch/`` or ``part/``, by name."""
+    before, after, unknown = found.pretrained, found.policy, np.full(1, np.nan)
+    return {
+        name.removeprefix(prefix): means(column, unknown if after is None else after.beside.get(name, unknown))
+        for name, column in (before.beside.items() if before else ())
+        if name.startswith(prefix)
+    }
+
+
+def optimised(found: Found) -> Means:
+    """The same of the reward itself."""
+    before, after = (np.full(1, np.nan) if one is None else one.rewards for one in (found.pretrained, found.policy))
+    return means(before, after)
+
+
+def against(found: Found) -> dict[str, Means]:
+    """The watched rewards that clearly fell while the optimised one clearly rose."""
+    rose = optimised(found).num_errors > CLEAR
+    return {name: told for name, told in beside(found, "watch/").items() if rose and told.num_errors < -CLEAR}
+
+
+def together(found: Found, prefix: str) -> dict[str, Any] | None:
+    """The optimised reward and those ``beside`` it over the evaluations: changes from the pretrained model's mean, in
+    units of the pretrained samples' standard deviation. ``flat`` names those that have no such unit."""
+    others = beside(found, prefix)
+    if not others or not found.reached:
+        return None
+    lines, flat = [], []
+    for name, told in {None: optimised(found), **others}.items():
+        column = "evaluate/reward" if name is None else f"evaluate/{prefix}{name}"
+        values = {0.0: told.before}
+        values |= {row["iteration"]: row[column] for row in found.rows if column in row and "iteration" in row}
+        if found.policy is not None:  # a run that stops is evaluated once more, after its last row
+            values[float(max(found.reached))] = told.after
+        if told.spread > 1e-9 * abs(told.before):
+            rows = [[i, (v - told.before) / told.spread, v] for i, v in sorted(values.items()) if math.isfinite(v)]
+            error = 1.96 * told.error / told.spread
+            lines.append({"name": name, "rows": rows, "error": error if math.isfinite(error) else 0.0})
+        else:
+            flat.append(name or "the reward")
+    return {"lines": lines, "flat": flat}
+
+
+def elapsed(found: Found) -> float | None:
+    """Seconds of the whole run, the start included where it was not resumed."""
+    run, known = found.run, [found.rows[-1].get("time_s", 0.0)] if found.rows else []
+    known += [float(run["seconds"])] if "seconds" in run else []
+    if "started" in run and "finished" in run:
+        known.append((datetime.fromisoformat(run["finished"]) - datetime.fromisoformat(run["started"])).total_seconds())
+    return max(known, default=0.0) or None
+
+
+# -- distributions
 
 
 def histogram(found: Found) -> dict[str, Any] | None:

@@ -22,9 +22,19 @@ from rayft import evaluate, readout, spec
 from rayft.algorithms.config import SECTIONS
 from rayft.domain import Domain
 from rayft.evaluate import Estimate
-from rayft.readout import Found
+from rayft.readout import Found, Means
 from rayft.settings import defaults, explain
 from rayft.track import TrackSettings
+
+PURPOSES = {  # what a reward was called for
+    "train": "training draws",
+    "payoff": "candidates",
+    "evaluate": "the policy's samples",
+    "pretrained": "samples before training",
+    "watch": "held out",
+    "score": "by hand",
+}
+NUM_LISTED = 8  # reasons, slowest samples, and about as many failed ones
 
 
 def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
@@ -34,8 +44,11 @@ def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
     found = readout.read(run, alpha)
     drawn = {"frontier": readout.frontier, "curves": readout.curves, "histogram": readout.histogram}
     drawn["picture"] = lambda found: _picture(found, domain)
+    drawn |= {"watch": lambda found: readout.together(found, "watch/")}
+    drawn |= {"parts": lambda found: readout.together(found, "part/")}
     data = {name: found.attempt(f"The {name}", lambda make=make: make(found), None) for name, make in drawn.items()}
     text = {name: found.attempt(f"The {name}", lambda make=make: make(found), "") for name, make in TEXT.items()}
+    shown = {**data, "costs": text["costs"], "missing": found.missing}
     told = {
         "title": _safe(found.run.get("name", run.name)),
         "head": found.attempt("The head", lambda: _head(found), ""),
@@ -43,7 +56,7 @@ def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
         "plotly": get_plotlyjs(),
         "data": _json(data),
         **text,
-        **{f"has_{name}": "" if value else "hidden" for name, value in {**data, "missing": found.missing}.items()},
+        **{f"has_{name}": "" if value else "hidden" for name, value in shown.items()},
     }
     frame, temporary = Path(__file__).with_name("report.html").read_text("utf-8"), run / ".report.html.tmp"
     temporary.write_text(Template(frame).substitute(told), "utf-8", errors="replace")
@@ -129,11 +142,16 @@ def _table(found: Found) -> str:
         ]
         if tilt is not None:
             rows[-2] = (*rows[-2][:4], evaluate.diversity(readout.optimum(before, found.alpha)))
+    for prefix, kind, what in (("part/", "part", "its own scores"), ("watch/", "watch", "not optimised")):
+        for name in (name for name in before.beside if name.startswith(prefix)):
+            told = (readout.mean(one.beside.get(name, np.full(1, np.nan))) for one in (before, after))
+            rows.append((f"{kind}: {name.removeprefix(prefix)}", what, *told, none))
     last = 3 if attained is not None else 2
     heads = [("before", "pretrained"), ("run", "fine-tuned"), ("best", "optimum p*")][:last]
     head = "".join(f'<th><span class="dot {colour}"></span>{name}</th>' for colour, name in heads)
     body = "".join(
-        f"<tr><th>{name}<small>{what}</small></th>{''.join(f'<td>{_cell(cell)}</td>' for cell in cells[:last])}</tr>"
+        f"<tr><th>{_safe(name)}<small>{what}</small></th>"
+        f"{''.join(f'<td>{_cell(cell)}</td>' for cell in cells[:last])}</tr>"
         for name, what, *cells in rows
     )
     sizes = f"{len(before.rewards):,} chains of the pretrained model and {len(after.rewards):,} of the fine-tuned one"
@@ -141,6 +159,107 @@ def _table(found: Found) -> str:
         f'<p class="soft">At iteration {max(found.reached)}, from {sizes}. Brackets hold 95% intervals.</p>'
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _watched(found: Found) -> str:
+    """What moved against the reward. A person must say which way is better: the page cannot know."""
+    said = _flat(found, "watch/")
+    rise = readout.optimised(found)
+    for name, fall in readout.against(found).items():
+        name = f"<code>{_safe(name)}</code>"
+        said += (
+            f'<p class="against"><b>{name} fell while the reward rose</b>: {name} by {_moved(fall)}, the reward by '
+            f"{_moved(rise)}. If more of {name} is better, this is reward hacking.</p>"
+        )
+    if "against" not in said and not math.isnan(rise.after):
+        said += f'<p class="soft">No watched reward fell by more than {readout.CLEAR:g} standard errors while the '
+        said += "reward rose.</p>"
+    return said
+
+
+def _parted(found: Found) -> str:
+    return _flat(found, "part/")
+
+
+def _flat(found: Found, prefix: str) -> str:
+    names = (readout.together(found, prefix) or {"flat": []})["flat"]
+    why = "is not drawn: its scores do not differ among the samples of the pretrained model."
+    return "".join(f'<p class="soft">{_safe(name)} {why}</p>' for name in names)
+
+
+def _moved(told: Means) -> str:
+    sure = f", {abs(told.num_errors):.3g} standard errors" if math.isfinite(told.num_errors) else ""
+    return f"{abs(told.after - told.before):.3g} (from {told.before:.4g} to {told.after:.4g}{sure})"
+
+
+def _costs(found: Found) -> str:
+    """What each reward cost and where it failed; nothing where nothing was metered."""
+    purposes = found.meter.get("purposes") or {}
+    tallies = [(use, part, told) for use, by in purposes.items() for part, told in by["parts"].items()]
+    if not tallies:
+        return ""
+    whole, body = readout.elapsed(found), ""
+    for use, by in purposes.items():
+        gone = f"<small>{by['undecodable']:,} undecodable</small>" if by["undecodable"] else ""
+        first = f"<th rowspan={max(1, len(by['parts']))}>{_safe(use)}<small>{PURPOSES.get(use, '')}</small>{gone}</th>"
+        for part, told in by["parts"].items() or [("", None)]:
+            cells = ["-"] * 7 if told is None else _cost(told, whole)
+            body += f"<tr>{first}<td>{_safe(part)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+            first = ""
+    names = ("for", "reward", "calls", "cache hits", "duplicates", "failed", "seconds a sample", "in all", "of the run")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    lasted = f" The run took {_seconds(whole)}; what is scored in parallel may add up to more." if whole else ""
+    return (
+        f'<p class="soft">{found.meter["total_calls"]:,} calls were paid. Seconds a sample: half of the samples took '
+        f"no longer than the first number, 95% and 99% no longer than the others.{lasted}</p>"
+        f'<div class="wide"><table class=costs><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{_trouble(tallies)}"
+    )
+
+
+def _cost(told: Mapping[str, Any], whole: float | None) -> list[str]:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in told["failures"].items())
+    times = " ".join(f"<span>{_seconds(told['seconds'][q])}</span>" for q in ("p50", "p95", "p99"))
+    total = told["seconds"]["total"]
+    return [
+        *(f"{told[name]:,}" for name in ("calls", "hits", "duplicates")),
+        f"{told['failed']:,}<small>{_safe(kinds)}</small>" if told["failed"] else "0",
+        times if told["seconds"]["p50"] is not None else "-",
+        _seconds(total),
+        f"{total / whole:.1%}" if whole else "-",
+    ]
+
+
+def _trouble(tallies: list[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """The commonest reasons, the slowest samples and the last failures of all tallies."""
+    reasons: dict[tuple[str, str], list[Any]] = {}
+    for _, part, told in tallies:
+        for one in told["reasons"]:
+            reasons.setdefault((part, one["reason"]), [0, one["label"]])[0] += one["count"]
+    common = sorted(((count, *key, label) for key, (count, label) in reasons.items()), key=lambda row: -row[0])
+    slow = [(one["seconds"], part, use, one["label"]) for use, part, told in tallies for one in told["slowest"]]
+    slow = [(_seconds(row[0]), *row[1:]) for row in sorted(slow, key=lambda row: -row[0])[:NUM_LISTED]]
+    ends = [(part, use, told["last_failed"][::-1]) for use, part, told in tallies if told["last_failed"]]
+    each = math.ceil(NUM_LISTED / max(1, len(ends)))
+    failed = [(one["label"], part, use, one["reason"]) for part, use, last in ends for one in last[:each]]
+    text = ""
+    if common:
+        kept = [(f"{count:,}", *row) for count, *row in common[:NUM_LISTED]]
+        text += f"<h3>Commonest reasons</h3>{_listed(('failures', 'reward', 'reason', 'for example'), kept)}"
+        few = len(common) - NUM_LISTED
+        text += f'<p class="soft">and {few:,} other reasons, in rewards.json.</p>' if few > 0 else ""
+    for title, heads, rows in (
+        ("The last failed samples", ("sample", "reward", "for", "reason"), failed),
+        ("The slowest samples", ("took", "reward", "for", "sample"), slow),
+    ):
+        text += f"<details><summary>{title}</summary>{_listed(heads, rows)}</details>" if rows else ""
+    return text
+
+
+def _listed(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table class=listed><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _guards(found: Found) -> str:
@@ -206,7 +325,8 @@ def _beware(found: Found) -> str:
     return f"<ul>{''.join(f'<li>{_safe(note)}</li>' for note in notes)}</ul>"
 
 
-TEXT = {"table": _table, "guards": _guards, "settings": _settings, "again": _again, "beware": _beware}
+SAID = (_table, _watched, _parted, _costs, _guards, _settings, _again, _beware)
+TEXT = {make.__name__.removeprefix("_"): make for make in SAID}
 
 # -- small things
 
@@ -225,6 +345,16 @@ def _cell(value: Estimate | float) -> str:
 def _named(found: Found, key: str) -> str:
     value = found.config.get(key, found.run.get(key, "?"))
     return str(value.get("name", "?") if isinstance(value, Mapping) else value)
+
+
+def _seconds(seconds: float | None) -> str:
+    """With the unit in which a person would say it."""
+    if seconds is None:
+        return "-"
+    units = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3}
+    unit, size = next(((unit, size) for unit, size in units.items() if seconds >= size), ("\u00b5s", 1e-6))
+    number = seconds / size
+    return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
 
 
 def _safe(value: Any) -> str:

@@ -16,7 +16,8 @@ import warnings
 import pytest
 import ray
 
-from rayft.rewards.cache import Entry, SharedCache, Store
+from rayft.rewards.cache import SharedCache
+from rayft.rewards.shelf import Entry, Store
 
 NAN = float("nan")
 
@@ -126,7 +127,7 @@ def test_a_file_shrinks_to_a_lowered_limit(path):
 WRITER = """
 import sys
 from pathlib import Path
-from rayft.rewards.cache import Entry, Store
+from rayft.rewards.shelf import Entry, Store
 store, number = Store(Path(sys.argv[1])), int(sys.argv[2])
 print("open", flush=True)
 while True:
@@ -157,7 +158,7 @@ def test_kill_9_loses_at_most_the_batch_in_flight(path):
 MANY = """
 import sys, time
 from pathlib import Path
-from rayft.rewards.cache import Entry, Store
+from rayft.rewards.shelf import Entry, Store
 sys.stdin.readline()
 store, first = Store(Path(sys.argv[1])), int(sys.argv[2])
 for start in range(first, first + 1000, 20):
@@ -232,7 +233,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_file_that_cannot_serve_is_refused_in_a_sentence_and_left_alone(path, what, monkeypatch):
-    monkeypatch.setattr("rayft.rewards.cache.BUSY", 0.3)
+    monkeypatch.setattr("rayft.rewards.shelf.BUSY", 0.3)
     make, said = BROKEN[what]
     kept = make(path)
     before = path.read_bytes() if path.is_file() else b""
@@ -247,7 +248,7 @@ def test_a_file_that_cannot_serve_is_refused_in_a_sentence_and_left_alone(path, 
 FULL = """
 import resource, sys
 from pathlib import Path
-from rayft.rewards.cache import Entry, Store
+from rayft.rewards.shelf import Entry, Store
 def some(start): return {n.to_bytes(16, "big"): Entry(float(n)) for n in range(start, start + 1000)}
 store, said = Store(Path(sys.argv[1])), []
 store.put(some(0))
@@ -297,7 +298,8 @@ def test_importing_it_loads_neither_torch_nor_rllib():
 def test_without_ray_a_client_has_a_store_of_its_own(path):
     code = """
 import ray, sys
-from rayft.rewards.cache import Entry, SharedCache
+from rayft.rewards.cache import SharedCache
+from rayft.rewards.shelf import Entry
 cache = SharedCache(sys.argv[1])
 cache.put({b"a" * 16: Entry(1.0), b"b" * 16: Entry(float("nan"), "raised: no")})
 cache.flush()

@@ -308,6 +308,40 @@ def test_a_decoder_that_crashes_costs_its_row_in_every_part_and_no_other(decoder
     assert set(range(30)) - set(found.labels) <= {3, 20}
 
 
+CROWDED = """
+    import os
+
+    def decode(x_0, context):
+        if len(x_0) > 4:
+            os._exit(1)
+        return list(x_0)
+"""
+
+
+def test_a_decoder_or_reward_that_crashes_on_more_than_four_is_fed_by_the_spoon(tmp_path):
+    (tmp_path / "crowded.py").write_text(textwrap.dedent(CROWDED))
+    one = work(with_bad("segfault", (7, 23)), parts=3)
+    with isolated(told(Acts, Crowded, Centred, decoder=f"{tmp_path / 'crowded.py'}:decode")) as worker:
+        found = worker.work(one)
+    assert found.errors == {(0, row): "crashed: signal 11 (SIGSEGV)" for row in (7, 23)}
+    np.testing.assert_array_equal(found.values[0], expected(40, (7, 23)))
+    np.testing.assert_array_equal(found.values[1], expected(40))
+    np.testing.assert_array_equal(found.values[2], np.arange(40) - 19.5)
+
+
+class Crowded(Reward):
+    def __call__(self, samples):
+        return os._exit(1) if len(samples) > 4 else [3.0 * sample[0] + 1 for sample in samples]
+
+
+class Centred(Reward):
+    groupwise = True
+
+    def __call__(self, samples):
+        numbers = np.array([sample[0] for sample in samples])
+        return numbers - numbers.mean()
+
+
 class LeaksFor(Reward):
     """Sample 5 keeps 60 MB for ever; every other one needs 60 MB for a moment."""
 
@@ -390,8 +424,9 @@ def test_a_group_is_scored_whole_and_fails_whole():
 
 
 class Slow(Reward):
-    def __init__(self, batch_size=None) -> None:
+    def __init__(self, batch_size=None, building=0.0) -> None:
         self.batch_size = batch_size
+        time.sleep(building)
 
     def __call__(self, samples):
         time.sleep(0.3 * len(samples))
@@ -521,10 +556,12 @@ def test_nothing_is_left_when_the_process_that_scores_is_killed(copied, marked, 
         os.killpg(parent.pid, signal.SIGKILL)
 
 
-def test_an_interrupt_of_the_supervisor_ends_the_child_and_later_work_starts_anew(marked):
-    with isolated(told(Slow)) as worker:
-        worker.start()
-        threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+@pytest.mark.parametrize("building", [0.0, 1.0])
+def test_an_interrupt_of_the_supervisor_ends_the_child_and_later_work_starts_anew(building, marked):
+    with isolated(told(Slow, building=building)) as worker:
+        if not building:
+            worker.start()
+        threading.Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             worker.work(work([None] * 20))
         assert until(lambda: marked() == 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from rayft.rewards import meter
-from rayft.rewards.meter import Budget, Counts, Meter, Seconds
+from rayft.rewards.meter import Counts, Meter, Seconds
 from rayft.rewards.worker import Inline
 from rayft.score import Part, Task, Told, Work
 
@@ -287,16 +286,3 @@ def test_prometheus_finds_the_numbers_at_the_metrics_port():
 
 
 # -- the budget
-
-
-def test_a_budget_says_what_is_left_and_why_it_refuses():
-    budget = Budget(10_000)
-    assert (budget.left(0), budget.left(9_500), budget.left(12_000)) == (10_000, 500, 0)
-    assert budget.refusal(9_500, 500) == ""
-    said = "scoring.max_reward_calls is 10,000: 9,500 are used and the next iteration may need 501"
-    assert budget.refusal(9_500, 501) == said
-
-
-def test_without_a_budget_nothing_is_refused():
-    assert Budget().left(10**12) == math.inf
-    assert Budget().refusal(10**12, 10**12) == ""

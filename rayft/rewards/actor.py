@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,12 +108,12 @@ class Pace:
 
     def learn(self, outcome: Outcome) -> None:
         for part, column in outcome.seconds.items():
-            failed = [row for number, row in outcome.errors if number == part]  # time-outs say nothing about the others
-            known = column[np.isfinite(column)]
-            good = np.delete(column, failed)
-            good = good[np.isfinite(good)]
-            if len(known):
-                mean = float((good if len(good) else known).mean())
+            failed = [row for number, row in outcome.errors if number == part]
+            known = column == column
+            if failed and known.sum() > known[failed].sum():  # time-outs say nothing about the others
+                known[failed] = False
+            if known.any():
+                mean = float(column[known].sum() / known.sum())
                 self.seconds[part] = mean + (1 - SMOOTHING) * (self.seconds.get(part, mean) - mean)
 
     def of(self, counts: Mapping[int, int]) -> float | None:
@@ -130,8 +131,10 @@ def merge(whole: Outcome, rows: np.ndarray, part: Outcome) -> None:
     both = [(whole.values, part.values), (whole.seconds, part.seconds), (whole.extras, part.extras)]
     for into, columns in both:
         for key, column in columns.items():
+            if key not in into:
+                into[key] = np.full(whole.num_rows, np.nan)
             known = np.isfinite(column)
-            into.setdefault(key, np.full(whole.num_rows, np.nan))[rows[known]] = column[known]
+            into[key][rows[known]] = column[known]
     whole.errors |= {(number, int(rows[row])): reason for (number, row), reason in part.errors.items()}
     whole.labels |= {int(rows[row]): label for row, label in part.labels.items()}
     whole.digests |= {int(rows[row]): digests for row, digests in part.digests.items()}
@@ -267,6 +270,9 @@ class Seat:
     def leave(self) -> list[Job]:
         """Ends the actor at once; what it has not answered, first what was under way."""
         ray.kill(self.actor, no_restart=True)
+        if not self.up:
+            with suppress(RayError):  # Ray prints exceptions that nobody has looked at
+                ray.get(self.building, timeout=TICK)
         jobs = [job for _, job in self.sent]
         for job in jobs:
             job.copies -= 1
@@ -303,8 +309,9 @@ class Roster:
 
     def grow(self, number: int) -> None:
         """At least so many, or as many as there may be; what failed to build its rewards is not tried again."""
-        if not self.up and not self.seats:
-            self.without = time.monotonic()
+        if not self.seats:
+            self.without, self.failure, self.false_starts = time.monotonic(), None, 0
+            self.counts["refused"] = 0
         while len(self.seats) < min(number, max(1, self.terms.most - self.counts["refused"])):
             self.seats.append(Seat(self.counts["made"], self.make))
             self.counts["made"] += 1

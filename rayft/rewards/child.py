@@ -43,11 +43,13 @@ def zygote() -> None:
     control = Channel(socket.socket(fileno=_out_of_the_way(0)), bytes(16))
     os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)  # it becomes 0, stdin
     del sys.argv[1:]
-    told, memory_gb, preload = pickle.loads(control.receive())  # noqa: S301 - from the supervisor
-    threads = _num_threads()
-    if preload:
+    told, memory_gb, startup = pickle.loads(control.receive())  # noqa: S301 - from the supervisor
+    parent, threads = os.getppid(), _num_threads()
+    if startup:
+        signal.alarm(int(startup) + 60)  # ends an import that hangs, if the supervisor is not there to do it
         _preload(told, control)
-    _Zygote(control, told, memory_gb, strays=_num_threads() > threads).run()
+        signal.alarm(0)
+    _Zygote(control, parent, told, memory_gb, strays=_num_threads() > threads).run()
     os._exit(0)
 
 
@@ -65,9 +67,9 @@ def _preload(packed: bytes, control: Channel) -> None:
 class _Zygote:
     """One child at a time, and whatever it leaves behind."""
 
-    def __init__(self, control: Channel, told: bytes, memory_gb: float | None, strays: bool) -> None:
-        self.control, self.told, self.memory_gb, self.strays = control, told, memory_gb, strays
-        self.parent, self.child = os.getppid(), 0
+    def __init__(self, control: Channel, parent: int, told: bytes, memory_gb: float | None, strays: bool) -> None:
+        self.control, self.parent, self.child = control, parent, 0
+        self.told, self.memory_gb, self.strays = told, memory_gb, strays
         self.libc: Any = ctypes.CDLL(None) if LINUX else None
         self.own = _children()  # of an imported module
         self.woken, self.waker = os.pipe()

@@ -102,7 +102,20 @@ class Isolated:
                 if one and (trial.alone or died.late):
                     job.blame(begun, died.reason)
                 else:
-                    trials.appendleft(_Trial((Task(begun.part, begun.rows, single=True),), alone=one))
+                    trials.appendleft(_Trial(self._suspects(job, begun, left), alone=one))
+
+    def _suspects(self, job: _Job, begun: Begin, left: tuple[Task, ...]) -> tuple[Task, ...]:
+        """What a child was busy with when it died, one by one. Each of these tasks brings the work forward."""
+        if begun.part != DECODE:
+            return (Task(begun.part, begun.rows, single=True),)
+        first = job.left((Task(DECODE, begun.rows, single=True),))
+        if first:
+            return first
+        found = []  # decoded before, by a child that died since
+        for task in left:
+            rows = task.rows if self._kind(task.part)[0] else np.intersect1d(task.rows, begun.rows)
+            found += [Task(task.part, rows, single=True)] if len(rows) else []
+        return tuple(found)
 
     def _rebuild(self) -> None:
         """A child, if there is none."""

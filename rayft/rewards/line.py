@@ -18,6 +18,7 @@ from rayft.rewards.channel import BLOCK, FORK, KILL, SOCKET_LOST, Channel, Garbl
 from rayft.rewards.worker import Limits
 
 GRACE = 5.0  # seconds that a process has to end, once it is told to
+PATIENCE = 2.0  # seconds between the end of a child's socket and word of its death, if it is dead
 STALL = 60.0  # seconds for what is no reward's doing: to take in a Work, to begin with the first rows
 TAIL = 2000  # bytes of stderr that are kept
 THREADS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
@@ -56,14 +57,23 @@ class Line:
     def open(self) -> None:
         """A new child with its rewards built; ``ValueError`` otherwise. Starts a zygote where there is none."""
         self.end()
-        what, until = "the rewards", time.monotonic() + self.limits.startup
+        until = time.monotonic() + self.limits.startup
         try:
             if self.zygote is None or self.ended:
                 self._spawn(until)
             self._fork()
+            self._built(until)
+        except ValueError:
+            raise
         except OSError as error:
             self.close()
             raise ValueError(f"no process can be started for the rewards: {error}") from error
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+
+    def _built(self, until: float) -> None:
+        what = "the rewards"
         try:
             while (said := self.hear(until - time.monotonic()))[0] != "up":
                 if said[0] == "unbuilt":
@@ -163,7 +173,7 @@ class Line:
         os.set_blocking(self.zygote.stderr.fileno(), False)
         self.control, self.said = Channel(mine, bytes(16)), {}
         self.ended = self.mute = False
-        told = pickle.dumps((self.told, self.limits.memory_gb, self.preload))
+        told = pickle.dumps((self.told, self.limits.memory_gb, self.limits.startup if self.preload else None))
         with suppress(ConnectionError):
             mine.sendall(self.control.header(told) + told)
         mine.setblocking(False)
@@ -254,7 +264,7 @@ class Line:
 
     def _why(self) -> str:
         """What became of a child, or of a zygote, that is not there any more."""
-        if self.cut and self._await(0.5, "gone", "unforked") is None and not self.ended:
+        if self.cut and self._await(PATIENCE, "gone", "unforked") is None and not self.ended:
             self.end()
             return CLOSED
         if "unforked" in self.said:
@@ -273,5 +283,5 @@ class Line:
         words = f"; its last words: {said!r}" if said and (code >= 0 or code == -signal.SIGABRT) else ""
         if code >= 0:
             return f"exit code {code}{words}"
-        known = {number.value: number.name for number in signal.Signals}
-        return f"signal {-code} ({known.get(-code, 'unnamed')}){words}"
+        name = {number.value: number.name for number in signal.Signals}.get(-code, "unnamed")
+        return f"signal {-code} ({name}){words}{': out of memory?' if code == -signal.SIGKILL else ''}"

@@ -260,21 +260,3 @@ class Exporter:
             metrics.Counter("rayft_reward_failures_total", "Samples without a score.", (*tags, "kind")),
             metrics.Histogram("rayft_reward_seconds", "Seconds for one sample.", BOUNDARIES, tags),
         )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many samples a reward may be called with in the whole run; None: any number."""
-
-    max_calls: int | None = None
-
-    def left(self, total: int) -> float:
-        """What remains when ``total`` are used."""
-        return math.inf if self.max_calls is None else max(0, self.max_calls - total)
-
-    def refusal(self, total: int, needed: int) -> str:
-        """Why the next iteration must not begin, or nothing."""
-        if needed <= self.left(total):
-            return ""
-        used = f"{total:,} are used and the next iteration may need {needed:,}"
-        return f"scoring.max_reward_calls is {self.max_calls:,}: {used}"

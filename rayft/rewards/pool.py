@@ -9,12 +9,12 @@ to blame. It falls into pieces that run alone, down to the one sample under whic
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class RewardPool:
         told = (cloudpickle.dumps(self.told), self.limits, self.isolate) if most else ()
 
         def make() -> Any:
-            return actor.options(max_concurrency=1, **asked).remote(*told)
+            return actor.options(max_concurrency=1, enable_task_events=False, **asked).remote(*told)
 
         return Roster(make, terms)
 
@@ -281,7 +281,7 @@ class RewardPool:
     def _lose(self, call: Call, seat: Seat, late: bool = False) -> None:
         """Replaces an actor and has its works done by others. Only what was under way can be to blame."""
         for ref in seat.answers():  # it may have answered one before it died over the next
-            with contextlib.suppress(RayError):
+            with suppress(RayError):
                 call.hear(seat.number, *seat.take(ref))
         self.flying = {ref: other for ref, other in self.flying.items() if other is not seat}
         for position, job in enumerate(self.roster.dismiss(seat, "lost")):

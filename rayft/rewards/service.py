@@ -16,10 +16,11 @@ import numpy as np
 
 from rayft import imports, reward
 from rayft.aggregate import Recipe
-from rayft.rewards.cache import Entry, SharedCache
+from rayft.rewards.cache import SharedCache
 from rayft.rewards.meter import Meter
 from rayft.rewards.pool import Placement, RewardPool
 from rayft.rewards.settings import ScoringSettings
+from rayft.rewards.shelf import Entry
 from rayft.rewards.worker import Limits, Outcome
 from rayft.score import DECODE, Part, Scores, Told
 

@@ -70,8 +70,9 @@ class Outcome:
     def fail(self, part: int, rows: np.ndarray, reason: str) -> None:
         """Rows that were given up without a call."""
         if part != DECODE:
-            self._column(self.values, part)[rows] = np.nan
-        self.errors |= {(part, row): reason for row in rows.tolist()}
+            self._column(self.values, part)
+        for row in rows.tolist():
+            self.errors.setdefault((part, row), reason)  # why an earlier attempt failed says more
 
     def again(self, work: Work, groupwise: Sequence[bool]) -> tuple[Task, ...]:
         """What deserves another attempt, singly: what raised, crashed or timed out, but not what answered NaN or None.
