@@ -17,8 +17,8 @@ import numpy as np
 
 from rayft.reward import Reward
 
-FAILING = ("raise", "segfault", "exit", "hang", "leak", "length", "string", "infinite", "complex", "pipe")
-HARMLESS = ("print", "fork")
+FAILING = ("raise", "segfault", "exit", "hang", "leak", "length", "string", "infinite", "complex")
+HARMLESS = ("print", "fork", "pipe")
 HELD: list[bytearray] = []
 
 

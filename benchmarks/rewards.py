@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=BENCHES, default=list(BENCHES), help="these parts alone")
     told = parser.parse_args()
     torch.set_num_threads(1)
-    ray.init(num_cpus=128, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init("local", num_cpus=128, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     result = _result.Result("rewards")
     for name in told.only:
         for figure, value in BENCHES[name](told.quick).items():

@@ -50,6 +50,8 @@ def checks() -> Iterator[Check]:
     yield _torch()
     yield _envs()
     yield _optional("rdkit", "molecules")
+    yield _optional("tblite", "xtb")
+    yield _optional("vina", "docking")
     yield _open3d()
     yield _ray_token()
     yield _ray_ports()

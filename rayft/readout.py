@@ -101,13 +101,13 @@ def read(run: Path, alpha: float | None) -> Found:
 
 
 def _read_evaluations(found: Found, folder: Path) -> None:
-    def means(path: Path) -> tuple[float, float]:
+    def at(path: Path) -> tuple[float, float]:
         with np.load(path, allow_pickle=False) as told:  # not Samples.load: the events of every evaluation may be many
             kept = np.isfinite(told["rewards"])
             return float(told["kl"][kept].mean()), float(told["rewards"][kept].mean())
 
     for path in sorted(folder.glob("iteration_*.npz")):
-        if (pair := found.attempt(f"evaluations/{path.name}", lambda path=path: means(path), None)) is not None:
+        if (pair := found.attempt(f"evaluations/{path.name}", lambda path=path: at(path), None)) is not None:
             found.reached[int(path.stem.removeprefix("iteration_"))] = pair
     if not found.reached:
         found.missing.append("There is no evaluation of the policy yet.")
@@ -179,11 +179,11 @@ class Means(NamedTuple):
 
     @property
     def num_errors(self) -> float:
-        """The change in standard errors; 0 where rounding alone would explain it."""
+        """The change in standard errors; 0 where it is unknown, or no more than rounding."""
         change = self.after - self.before
         if not abs(change) > 1e-9 * max(abs(self.before), abs(self.after)):
             return 0.0
-        return change / self.error if self.error else math.copysign(math.inf, change)
+        return math.copysign(math.inf, change) if self.error < 1e-9 * abs(change) else change / self.error
 
 
 def means(before: np.ndarray, after: np.ndarray) -> Means:

@@ -163,15 +163,14 @@ def _table(found: Found) -> str:
 
 def _watched(found: Found) -> str:
     """What moved against the reward. A person must say which way is better: the page cannot know."""
-    said = _flat(found, "watch/")
-    rise = readout.optimised(found)
-    for name, fall in readout.against(found).items():
+    said, rise, fell = _flat(found, "watch/"), readout.optimised(found), readout.against(found)
+    for name, fall in fell.items():
         name = f"<code>{_safe(name)}</code>"
         said += (
             f'<p class="against"><b>{name} fell while the reward rose</b>: {name} by {_moved(fall)}, the reward by '
             f"{_moved(rise)}. If more of {name} is better, this is reward hacking.</p>"
         )
-    if "against" not in said and not math.isnan(rise.after):
+    if not fell and not math.isnan(rise.after):
         said += f'<p class="soft">No watched reward fell by more than {readout.CLEAR:g} standard errors while the '
         said += "reward rose.</p>"
     return said
@@ -198,7 +197,7 @@ def _costs(found: Found) -> str:
     tallies = [(use, part, told) for use, by in purposes.items() for part, told in by["parts"].items()]
     if not tallies:
         return ""
-    whole, body = readout.elapsed(found), ""
+    whole, body = found.attempt("The run's time", lambda: readout.elapsed(found), None), ""
     for use, by in purposes.items():
         gone = f"<small>{by['undecodable']:,} undecodable</small>" if by["undecodable"] else ""
         first = f"<th rowspan={max(1, len(by['parts']))}>{_safe(use)}<small>{PURPOSES.get(use, '')}</small>{gone}</th>"
@@ -349,8 +348,8 @@ def _named(found: Found, key: str) -> str:
 
 def _seconds(seconds: float | None) -> str:
     """With the unit in which a person would say it."""
-    if seconds is None:
-        return "-"
+    if not seconds:
+        return "-" if seconds is None else "0 s"
     units = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3}
     unit, size = next(((unit, size) for unit, size in units.items() if seconds >= size), ("\u00b5s", 1e-6))
     number = seconds / size

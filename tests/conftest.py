@@ -22,6 +22,6 @@ def ray_session() -> Iterator[None]:
     """A real local Ray with four logical CPUs."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

@@ -660,3 +660,30 @@ def test_rewards_in_this_process_survive_every_exception_but_an_interrupt():
         np.testing.assert_array_equal(found.values[0], expected(40, (7, 23)))
     with pytest.raises(KeyboardInterrupt):
         worker.work(work(with_bad("interrupt"), call=99))
+
+
+def test_a_reward_that_has_stopped_answering_is_given_up_on_after_ten_samples_and_tried_again_with_the_next_work():
+    worker = Isolated(Told((Part("mute", imports.portable(Mute)),)), Limits(timeout=0.1))
+    start = time.monotonic()
+    first, second = (worker.work(work_of([float("nan")] * 200)) for _ in range(2))
+    answered = worker.work(work_of([1.0] * 20))
+    worker.stop()
+    assert time.monotonic() - start < 6
+    assert len(first.errors) == len(second.errors) == 200
+    assert sum("in a row" in reason for reason in first.errors.values()) == 190
+    assert sum("in a row" in reason for reason in second.errors.values()) == 199
+    assert answered.values[0].tolist() == [1.0] * 20
+
+
+class Mute:
+    """Answers numbers; is silent where there is none."""
+
+    def __call__(self, samples: list[float]) -> list[float]:
+        if any(sample != sample for sample in samples):
+            time.sleep(60)
+        return samples
+
+
+def work_of(samples: list[float]) -> Work:
+    rows = np.arange(len(samples))
+    return Work(0, rows, samples, {}, (Task(0, rows),))

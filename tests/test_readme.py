@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rayft import imports
+from rayft.table import Table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,6 +48,18 @@ def test_the_yaml_example_runs(tmp_path):
     small = ["iterations=2", "training.chains=512", "evaluate.chains=256", "evaluate.pretrained_chains=512"]
     run("-m", "rayft.cli", "run", "my.yaml", *small, cwd=tmp_path)
     assert (tmp_path / "runs/my/report.html").is_file()
+
+
+def test_the_rewards_example_runs_and_pays_nothing_the_second_time(tmp_path):
+    (tmp_path / "mine.yaml").write_text(example("rewards"))
+    small = ["iterations=2", "training.chains=128", "training.minibatch_size=256"]
+    small += ["evaluate.chains=128", "evaluate.pretrained_chains=256", "--quiet"]
+    for _ in range(2):
+        run("-m", "rayft.cli", "run", "mine.yaml", *small, cwd=tmp_path)
+    tables = [Table(tmp_path / "runs" / name / "metrics.csv") for name in ("mine", "mine-2")]
+    first, second = (table.last("reward_calls", -1.0) for table in tables)
+    assert first > 2 * (256 + 2 * 128)
+    assert second == 0
 
 
 def test_a_plain_module_and_a_reward_function_in_one_file_are_fine_tuned_and_exported(tmp_path):

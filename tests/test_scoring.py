@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +141,14 @@ def test_a_z_score_is_of_the_pretrained_samples_and_survives_a_checkpoint(ray_se
     other.stop()
 
 
-def test_numbers_that_a_reward_returns_beside_its_scores_are_logged(ray_session, file):
-    algo = small(reward=f"{file}:both").build_algo()
+def test_numbers_that_a_reward_returns_beside_its_scores_are_logged_and_kept_by_the_cache(ray_session, file):
+    algo = small(reward=f"{file}:both", scoring={"cache": "memory"}).build_algo()
     assert np.isfinite(algo.train()["part/both.height"])
+    events = np.array([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]])
+    for calls in (2, 0):
+        scores = algo.rewards.score(events, {})
+        assert scores.num_calls == calls
+        assert scores.parts["both.height"].tolist() == [2.0, 4.0, 2.0]
     algo.stop()
 
 
@@ -318,3 +327,68 @@ def test_score_reads_a_file_of_samples(ray_session, tmp_path, capsys):
 def test_algorithms_that_pay_for_payoffs_are_metered_as_such(ray_session):
     for name, purpose in (("rgdm", "payoff"), ("ppo", "train")):
         assert algorithm(name)().algo_class.pays_for == purpose
+
+
+CLASS = """
+class Right:
+    def __init__(self, times=1.0):
+        self.times = times
+
+    def __call__(self, samples):
+        return [self.times * float(x[0]) for x in samples]
+"""
+FUNCTION = """
+def right(samples, conditions, metadata):
+    assert len(samples) == len(conditions) == len(metadata)
+    return [2 * float(x[0]) for x in samples], {"up": [float(x[1]) for x in samples]}
+"""
+PROGRAM = """
+import json, sys
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    print(json.dumps({"id": asked["id"], "scores": [2 * x[0] for x in asked["samples"]]}), flush=True)
+"""
+
+
+class Service(BaseHTTPRequestHandler):
+    """Scores by POST."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"scores": [2 * x[0] for x in asked["samples"]]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *told: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def brought(tmp_path: Path) -> Iterator[dict[str, list[str]]]:
+    """Way -> how the command line names the same reward, brought that way from outside the project."""
+    for name, text in (("of_class", CLASS), ("of_function", FUNCTION), ("program", PROGRAM)):
+        (tmp_path / f"{name}.py").write_text(text)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "class": ["--reward", f"{tmp_path}/of_class.py:Right", "reward.times=2"],
+        "function": ["--reward", f"{tmp_path}/of_function.py:right"],
+        "command": ["--reward", "command", f"reward.run=[{sys.executable}, {tmp_path}/program.py]"],
+        "http": ["--reward", "http", f"reward.url=http://127.0.0.1:{server.server_port}/score"],
+    }
+    server.shutdown()
+
+
+@pytest.mark.parametrize("way", ["class", "function", "command", "http"])
+def test_score_takes_a_reward_brought_in_each_of_the_four_ways(brought, tmp_path, capsys, monkeypatch, way):
+    np.save(tmp_path / "points.npy", np.array([[1.0, 2.0], [-3.0, 0.0], [0.5, 0.5]]))
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", str(tmp_path / "points.npy"), *brought[way], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["failed"], told["min"], told["max"]) == (3, 0, -6.0, 2.0)
+    assert main(["score", "40", *brought[way], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["failed"], told["learnable"]) == (40, 0, True)

@@ -37,7 +37,7 @@ from rayft.algorithms.config import DiffusionConfig
 from rayft.chain import Chains
 from rayft.domain import Domain
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained, join
-from rayft.rewards.service import RewardService
+from rayft.rewards.service import RewardService, gpus_wanted
 from rayft.rl.gather import gather
 from rayft.score import Scores
 from rayft.verdict import Samples, Verdict, judge, known_mean, remember
@@ -314,8 +314,7 @@ class DiffusionRL(Algorithm):
         """RLlib's bundles and one for each reward actor, so that Tune places them too."""
         request = super().default_resource_request(config)
         full = cls.get_default_config().update_from_dict(config)
-        scoring = full.section("scoring")
-        one = {"CPU": scoring.num_cpus_per_actor, "GPU": scoring.num_gpus_per_actor}
-        return PlacementGroupFactory(
-            [*request.bundles, *[dict(one)] * scoring.actors], strategy=str(full.placement_strategy)
-        )
+        scoring, world = full.section("scoring"), full.build_domain()
+        fractions = sorted(set(gpus_wanted(full.recipe(world), world.rewards, scoring)))
+        actors = [{"CPU": scoring.num_cpus_per_actor, "GPU": gpus} for gpus in fractions for _ in range(scoring.actors)]
+        return PlacementGroupFactory([*request.bundles, *actors], strategy=str(full.placement_strategy))

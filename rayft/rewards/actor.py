@@ -162,10 +162,6 @@ class Call:
         some = np.flatnonzero(np.any(list(self.asked.values()), axis=0)) if self.asked else np.zeros(0, dtype=int)
         self.piles = {int(owner): some[owners[some] == owner] for owner in np.unique(owners[some])}
 
-    def mask(self, part: int) -> np.ndarray:
-        """[event] whether it is asked for; an event must be decoded for any part's sake."""
-        return self.asked[part] if part in self.asked else np.ones(self.whole.num_rows, dtype=bool)
-
     def put(self, jobs: list[Job]) -> None:
         """To be sent before anything new."""
         self.again.extendleft(reversed(jobs))
@@ -307,11 +303,15 @@ class Roster:
     def up(self) -> list[Seat]:
         return [seat for seat in self.seats if seat.up]
 
-    def grow(self, number: int) -> None:
-        """At least so many, or as many as there may be; what failed to build its rewards is not tried again."""
+    def begin(self) -> None:
+        """The fewest actors there may be; what went wrong before is forgotten where there are none."""
         if not self.seats:
             self.without, self.failure, self.false_starts = time.monotonic(), None, 0
             self.counts["refused"] = 0
+        self.grow(self.terms.fewest)
+
+    def grow(self, number: int) -> None:
+        """At least so many, or as many as there may be; what failed to build its rewards is not tried again."""
         while len(self.seats) < min(number, max(1, self.terms.most - self.counts["refused"])):
             self.seats.append(Seat(self.counts["made"], self.make))
             self.counts["made"] += 1

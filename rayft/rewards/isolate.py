@@ -24,6 +24,7 @@ from rayft.rewards.worker import Limits, Outcome
 from rayft.score import DECODE, Begin, Done, Task, Told, Work, words
 
 ATTEMPTS = 3  # to build a child again, and deaths that fall on no row, before the rest of a work is given up
+SILENT = 10  # samples that time out in a row before the rest of a work is not tried
 
 
 class _HopelessError(Exception):
@@ -42,6 +43,7 @@ class Isolated:
         except Exception as error:
             raise ValueError(f"the rewards cannot be sent to a process of their own: {words(error)}") from error
         self.line, self.limits, self.starts = Line(packed, limits), limits, 0
+        self.silent = 0  # samples that timed out since one was answered
 
     def start(self) -> None:
         """Builds the rewards, unless they are there. A ``ValueError`` says which one cannot be built, and why."""
@@ -101,8 +103,15 @@ class Isolated:
                 one = len(begun.rows) == 1 or self._kind(begun.part)[0]
                 if one and (trial.alone or died.late):
                     job.blame(begun, died.reason)
+                    self._patience(died.late)
                 else:
                     trials.appendleft(_Trial(self._suspects(job, begun, left), alone=one))
+
+    def _patience(self, late: bool) -> None:
+        """A reward that has stopped answering must not cost the time-out of every sample."""
+        self.silent += late
+        if late and self.silent >= SILENT:
+            raise _HopelessError(f"timed out: {self.silent} samples in a row gave no answer, so this one was not tried")
 
     def _suspects(self, job: _Job, begun: Begin, left: tuple[Task, ...]) -> tuple[Task, ...]:
         """What a child was busy with when it died, one by one. Each of these tasks brings the work forward."""
@@ -145,6 +154,8 @@ class Isolated:
             elif isinstance(said, Done):
                 job.take(said)
                 seconds = STALL
+                if said.part != DECODE:
+                    self.silent = 0
             elif said[0] == "end":
                 return
             elif said[0] == "memory":

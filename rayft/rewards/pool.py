@@ -33,6 +33,7 @@ SHORTEST, LONGEST, OVER = 0.005, 0.2, 1.1  # seconds of one work; a last row may
 DEEP = 0.5  # works of more seconds do not queue behind others: whoever is idle first takes them
 BACKLOG = 1.0  # seconds of work per actor above which a pool grows
 GRACE = 3.0  # seconds that a work may take beyond its own
+STOPPED = "the reward pool was stopped while it was at work"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class RewardPool:
         gpus = max(placement.num_gpus, sum(float(getattr(one, "num_gpus", 0.0)) for one in found))
         self.isolate = placement.isolate and not gpus
         if placement.actors or self.isolate:
-            told = replace(told, parts=tuple(replace(part, path=imports.portable(part.path)) for part in told.parts))
+            parts = tuple(replace(part, path=imports.portable(part.path)) for part in told.parts)
+            told = replace(told, parts=parts, canonical=imports.portable(told.canonical))
         self.told, self.limits, self.placement = told, limits, placement
         self.groups = {i for i, one in enumerate(found) if getattr(one, "groupwise", False)}
         self.batches = {i: int(getattr(one, "batch_size", None) or 1) for i, one in enumerate(found)} | {DECODE: 1}
@@ -104,7 +106,7 @@ class RewardPool:
             return
         with self.lock:
             try:
-                self.roster.grow(self.roster.terms.fewest)
+                self.roster.begin()
                 while not self.roster.up:
                     self.roster.wait()
             except BaseException:
@@ -127,6 +129,11 @@ class RewardPool:
         finally:
             if waited:
                 self.lock.release()
+
+    @property
+    def actors(self) -> list[Any]:
+        """Handles of the actors there are, also of those not yet up."""
+        return [seat.actor for seat in self.roster.seats]
 
     @property
     def num_actors(self) -> int:
@@ -164,9 +171,10 @@ class RewardPool:
         told = {"call": call, "events": events, "context": dict(context), "keys": keys, "metadata": dict(metadata)}
         wanted = {part: np.asarray(rows, dtype=int) for part, rows in wanted.items() if len(rows)}
         with self.lock:
-            if not self.placement.actors:
-                return self._run_here(told, wanted)
             under_way = Call(told, wanted, self.groups, self._owners(call, len(events)))
+            if not self.placement.actors:
+                self._run_here(under_way)
+                return under_way.whole
             try:
                 self._begin(under_way)
                 while not under_way.over():
@@ -179,13 +187,17 @@ class RewardPool:
             self.roster.shrink(0)
             return under_way.whole
 
-    def _run_here(self, told: dict[str, Any], wanted: dict[int, np.ndarray]) -> Outcome:
-        assert self.local is not None, "start() comes first"
-        call = Call(told, wanted, set(), np.full(len(told["events"]), NOBODY))
-        if wanted:
-            job = call.take(NOBODY, NOBODY, len(told["events"]))
-            call.hear(NOBODY, job, self.local.work(job.work(**told)))
-        return call.whole
+    def _run_here(self, call: Call) -> None:
+        local = self.local
+        assert local is not None, "start() comes first"
+        while not call.over():
+            job = call.again.popleft() if call.again else call.take(NOBODY, NOBODY, self._size(call, NOBODY, NOBODY)[0])
+            outcome = local.work(job.work(**call.told))
+            if self.stopping:
+                local.stop()
+                raise RuntimeError(STOPPED)
+            self._learn(outcome)
+            call.hear(NOBODY, job, outcome)
 
     def _owners(self, call: int, num_events: int) -> np.ndarray:
         """Which actor has each event decoded, of those that are there."""
@@ -197,6 +209,7 @@ class RewardPool:
         return owners
 
     def _begin(self, call: Call) -> None:
+        self.roster.begin()
         self.roster.look()
         needed = self._needed(call)
         self.roster.shrink(needed)
@@ -231,22 +244,24 @@ class RewardPool:
         if not call.piles:
             return None
         pile = call.pile(seat.number)
-        size, seconds = self._size(call, seat, pile)
+        size, seconds = self._size(call, seat.number, pile)
         return None if seat.sent and seconds > DEEP else call.take(seat.number, pile, size)
 
-    def _size(self, call: Call, seat: Seat, pile: int) -> tuple[int, float]:
+    def _size(self, call: Call, number: int, pile: int) -> tuple[int, float]:
         """(rows, seconds) of the next work: probes until the pace is known, less and less towards the end."""
         batch = max(self.batches[part] for part in call.asked)
         if not call.asked.keys() <= self.pace.seconds.keys():
             return batch * min(64, 1 + call.heard), 0.0  # many answers without a pace: nothing there to be called with
-        rows = call.ahead(seat.number, pile, call.largest)
-        parts = set(call.asked) - {DECODE} if pile == seat.number else {*call.asked, DECODE}
-        costs = sum(self.pace.seconds.get(part, 0.0) * call.mask(part)[rows] for part in parts) + np.zeros(len(rows))
-        num_up = len(self.roster.up)
+        rows = call.ahead(number, pile, call.largest)
+        decoded = number != NOBODY and pile == number
+        costs = np.full(len(rows), 0.0 if decoded else self.pace.seconds.get(DECODE, 0.0))
+        for part in call.asked.keys() - {DECODE}:
+            costs += self.pace.seconds[part] * call.asked[part][rows]
+        num_up = max(1, len(self.roster.up))
         target = min(LONGEST, max(self.placement.target_seconds, PER_WORK * num_up))
         left = float(costs.mean()) * sum(map(len, call.piles.values()))
-        ends = np.cumsum(costs)
         seconds = max(SHORTEST, min(target, left / (2 * num_up)))
+        ends = np.cumsum(costs)
         size = int(np.searchsorted(ends, OVER * seconds, side="right"))
         size = max(batch, size // batch * batch)
         return size, float(ends[min(size, len(ends)) - 1])
@@ -274,9 +289,12 @@ class RewardPool:
                 raise  # no sample's doing: a worker lets nothing else through
             return
         del self.flying[ref]
+        self._learn(outcome)
+        call.hear(seat.number, job, outcome)
+
+    def _learn(self, outcome: Outcome) -> None:
         self.pace.learn(outcome)
         self.counts["restarts"] += outcome.restarts
-        call.hear(seat.number, job, outcome)
 
     def _lose(self, call: Call, seat: Seat, late: bool = False) -> None:
         """Replaces an actor and has its works done by others. Only what was under way can be to blame."""
@@ -317,7 +335,7 @@ class RewardPool:
             return
         self.ticked = now
         if self.stopping:
-            raise RuntimeError("the reward pool was stopped while it was at work")
+            raise RuntimeError(STOPPED)
         self.roster.look()
         for seat in [seat for seat in self.roster.up if seat.sent]:
             if now - seat.since > self._allowed(seat.sent[0][1]):

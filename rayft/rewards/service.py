@@ -6,6 +6,7 @@ decode -> keys -> what the cache has -> what equal samples share -> what only a 
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +58,10 @@ class Call:
         self.found = np.full(len(self.events), np.nan)
         self.broken = np.zeros(len(self.events), dtype=bool)
 
+    def extra(self, component: str, name: str) -> np.ndarray:
+        """The column of a number that a reward returns beside its scores."""
+        return self.extras.setdefault(f"{component}.{name}", np.full(len(self.events), np.nan))
+
 
 class Labels(Mapping[int, str]):
     """How a person knows the events of a call: by their samples where those are known, else by their numbers."""
@@ -87,7 +92,8 @@ class RewardService:
     ) -> None:
         self.recipe, self.settings = recipe, settings
         self.crews = _crews(recipe, decoder, canonical, short_names, settings)
-        self.cache = None if settings.cache is None else SharedCache(settings.cache, settings.cache_mb)
+        place = settings.cache
+        self.cache = None if place is None else SharedCache(place, settings.cache_mb, keep_failures=True)
         self.meter = Meter()
         self.numbers = itertools.count()
         self.background = ThreadPoolExecutor(1, thread_name_prefix="rayft-score")
@@ -176,9 +182,12 @@ class RewardService:
         for part, values in outcome.values.items():
             told = np.isfinite(values)
             call.raw[names[part]][told] = values[told]
-            self._keep(call, crew.parts[part], values, {r: e for (p, r), e in outcome.errors.items() if p == part})
         for (part, name), column in outcome.extras.items():
-            call.extras[f"{names[part]}.{name}"] = column
+            told = np.isfinite(column)
+            call.extra(names[part], name)[told] = column[told]
+        if self.cache is not None:
+            for part in outcome.values:
+                self.cache.put(self._entries(call, crew.parts[part], part, outcome))
         for part, name in names.items():
             paid = outcome.calls.get(part, 0)
             call.paid += paid
@@ -209,6 +218,8 @@ class RewardService:
                 call.raw[name][row] = entry.value
                 if entry.error:
                     call.reasons[name, row] = entry.error
+                for extra, number in json.loads(entry.extras or "{}").items():
+                    call.extra(name, extra)[row] = number
             elif key is not None and key in first:
                 twins[row] = first[key]
             else:
@@ -224,16 +235,22 @@ class RewardService:
         name = self.recipe.components[index].name
         for row, twin in twins.items():
             call.raw[name][row] = call.raw[name][twin]
+            for column in (column for extra, column in call.extras.items() if extra.startswith(f"{name}.")):
+                column[row] = column[twin]
             if (name, twin) in call.reasons:
                 call.reasons[name, row] = call.reasons[name, twin]
 
-    def _keep(self, call: Call, index: int, values: np.ndarray, errors: Mapping[int, str]) -> None:
-        if self.cache is None:
-            return
-        rows = [row for row in range(len(values)) if (index, row) in call.digests]
-        known = [row for row in rows if np.isfinite(values[row]) or row in errors]
-        entries = {call.digests[index, row]: Entry(float(values[row]), errors.get(row, "")) for row in known}
-        self.cache.put(entries)
+    def _entries(self, call: Call, index: int, part: int, outcome: Outcome) -> dict[bytes, Entry]:
+        """What one part said, under its keys."""
+        values, extras = outcome.values[part], {k: c for (p, k), c in outcome.extras.items() if p == part}
+        found = {}
+        for row in (row for row in range(len(values)) if (index, row) in call.digests):
+            error = outcome.errors.get((part, row), "")
+            beside = {name: float(column[row]) for name, column in extras.items() if np.isfinite(column[row])}
+            if error or np.isfinite(values[row]):
+                told = json.dumps(beside) if beside else ""
+                found[call.digests[index, row]] = Entry(float(values[row]), error, told)
+        return found
 
     # -- one reward
 
@@ -267,6 +284,12 @@ class RewardService:
             raise ValueError(f"the reward failed on {which}: {few}")
 
 
+def gpus_wanted(recipe: Recipe, short_names: Mapping[str, str], settings: ScoringSettings) -> list[float]:
+    """The GPU fraction that each component's actors reserve; there is one pool for each fraction."""
+    found = [reward.target(part.path, short_names) for part in recipe.components]
+    return [settings.num_gpus_per_actor or float(getattr(one, "num_gpus", 0.0)) for one in found]
+
+
 def _crews(
     recipe: Recipe, decoder: str | None, canonical: Any, short_names: Mapping[str, str], settings: ScoringSettings
 ) -> list[Crew]:
@@ -278,8 +301,7 @@ def _crews(
         retries=settings.retries,
         threads=max(1, int(settings.num_cpus_per_actor)),
     )
-    found = [reward.target(part.path, short_names) for part in recipe.components]
-    gpus = [settings.num_gpus_per_actor or float(getattr(one, "num_gpus", 0.0)) for one in found]
+    gpus = gpus_wanted(recipe, short_names, settings)
     crews = []
     for fraction in sorted(set(gpus)):
         members = tuple(i for i, wanted in enumerate(gpus) if wanted == fraction)
