@@ -203,13 +203,13 @@ def test_killed_at_any_file_operation_every_checkpoint_is_whole_or_absent(run):
 
 TIGHT = '''
 import os, resource
-calls = 0
+scored = 0
 
 def tight(samples):
-    """The reward; from the third call on (the second iteration) no file may grow beyond LIMIT bytes."""
-    global calls
-    calls += 1
-    if calls == 3 and "LIMIT" in os.environ:
+    """The reward; from the second iteration on (8 samples were the pretrained model's) no file may pass LIMIT bytes."""
+    global scored
+    scored += len(samples)
+    if scored > 8 + 16 and "LIMIT" in os.environ:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]), resource.RLIM_INFINITY))
     return [float(-(s**2).sum()) for s in samples]
 '''
@@ -222,7 +222,8 @@ SMALL = "training.chains=16 training.minibatch_size=16 chain.num_steps=4 evaluat
 def test_a_full_disk_costs_one_checkpoint_and_the_run_goes_on_from_the_one_before(ray_session, tmp_path, limit, full):
     (tmp_path / "tight.py").write_text(TIGHT)
     resume = "rayft run --resume runs/toy_ppo"
-    told = ["iterations=3", "checkpoint.every=1", "evaluate.every=0", "track.tensorboard=false", *SMALL.split()]
+    told = ["iterations=3", "checkpoint.every=1", "evaluate.every=0", "track.tensorboard=false"]
+    told += ["scoring.isolate=false", *SMALL.split()]
     command = ["run", "toy_ppo", "reward=./tight.py:tight", *told]
     done = subprocess.run(
         [sys.executable, "-m", "rayft.cli", *command],

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rayft import imports
+from rayft.rewards.isolate import Isolated
 from rayft.rewards.worker import Inline, Limits, Outcome, Worker
 from rayft.score import DECODE, Task, Told, Work
 
@@ -27,6 +28,7 @@ LARGEST, HEAVIEST = 4096, 16 * 2**20  # rows and bytes of one work
 PIECES = 256  # a suspect falls into so many: milliseconds for each, against seconds for a new actor
 TICK = 0.1  # seconds between looks at what does not announce itself
 SMOOTHING = 0.3  # weight of the newest work in the average seconds per sample
+STOPPING = 3.0  # seconds that children may take to end
 IDLE = 30.0  # seconds without work after which an actor may be ended
 
 
@@ -34,8 +36,6 @@ def worker(told: Told, limits: Limits, isolate: bool) -> Worker:
     """The rewards, built: in a child that may die, or in this process. A ``ValueError`` says why they cannot be."""
     if not isolate:
         return Inline(told, limits)
-    from rayft.rewards.isolate import Isolated
-
     child = Isolated(told, limits)
     child.start()
     return child
@@ -265,15 +265,22 @@ class Seat:
 
     def leave(self) -> list[Job]:
         """Ends the actor at once; what it has not answered, first what was under way."""
-        ray.kill(self.actor, no_restart=True)
-        if not self.up:
-            with suppress(RayError):  # Ray prints exceptions that nobody has looked at
-                ray.get(self.building, timeout=TICK)
+        end([self])
         jobs = [job for _, job in self.sent]
         for job in jobs:
             job.copies -= 1
         self.sent.clear()
         return jobs
+
+
+def end(seats: list[Seat]) -> None:
+    """Kills actors, and looks at what those that were starting have said: Ray prints what nobody has looked at."""
+    for seat in seats:
+        ray.kill(seat.actor, no_restart=True)
+    building = [seat.building for seat in seats if not seat.up]
+    for ref in ray.wait(building, num_returns=len(building), timeout=1)[0] if building else ():
+        with suppress(RayError):
+            ray.get(ref)
 
 
 @dataclass(frozen=True)
@@ -328,6 +335,15 @@ class Roster:
         self.seats.remove(seat)
         self.counts[why] += 1
         return seat.leave()
+
+    def stop(self) -> None:
+        """Ends them all. Those with nothing to do end their children first, which others' notice by themselves."""
+        told = [seat.actor.stop.remote() for seat in self.up if not seat.sent]
+        if told:
+            ray.wait(told, num_returns=len(told), timeout=STOPPING)
+        end(self.seats)
+        self.counts["stopped"] += len(self.seats)
+        self.seats = []
 
     def wait(self) -> None:
         """A moment, or until all that start have; a ``ValueError`` where waiting is in vain."""

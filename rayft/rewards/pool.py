@@ -120,11 +120,7 @@ class RewardPool:
         try:
             if self.local is not None:
                 self.local.stop()
-            told = [seat.actor.stop.remote() for seat in self.roster.up if not seat.sent]
-            if told:
-                ray.wait(told, num_returns=len(told), timeout=GRACE)
-            for seat in list(self.roster.seats):
-                self.roster.dismiss(seat, "stopped")
+            self.roster.stop()
             self.local, self.flying = None, {}
         finally:
             if waited:
