@@ -28,7 +28,7 @@ import numpy as np
 
 from rayft.reward import target
 from rayft.rewards.channel import BLOCK, FORK, KILL, SOCKET_LOST, Channel
-from rayft.score import Part, Task, Told, Work, Workbench, words
+from rayft.score import Begin, Done, Part, Task, Told, Work, Workbench, words
 
 GENERATIONS = 99  # of orphans that are looked for: the children of each come when it is dead
 TICK = 2.0  # seconds between looks at whether the supervisor still lives
@@ -258,6 +258,10 @@ def _obey(channel: Channel, bench: Workbench) -> None:
             work = said
             continue
         if work is not None:
+            held: list[Begin | Done | None] = []
             for told in bench.run(replace(work, tasks=said)):
-                channel.send(told)
-            channel.send(("end", None))
+                held.append(told)
+                if isinstance(told, Begin):  # what was done goes with what begins: half the messages
+                    channel.send(("heard", held))
+                    held = []
+            channel.send(("heard", [*held, None]))

@@ -147,25 +147,30 @@ class Isolated:
             self.line.holds = job
         seconds = STALL
         while True:
-            said = self.line.hear(seconds)
-            if isinstance(said, Begin):
-                job.begin(said)
-                seconds = self._allowed(said)
-            elif isinstance(said, Done):
-                job.take(said)
-                seconds = STALL
-                if said.part != DECODE:
-                    self.silent = 0
-            elif said[0] == "end":
-                return
-            elif said[0] == "memory":
+            kind, said = self.line.hear(seconds)
+            if kind == "heard":
+                for one in said:
+                    if one is None:
+                        return
+                    seconds = self._note(job, one)
+            elif kind == "memory":
                 self.line.end()
                 most = self.limits.memory_gb
-                told = said[1] if most is None else f"more than {most:g} GB beyond what was built (scoring.memory_gb)"
+                told = said if most is None else f"more than {most:g} GB beyond what was built (scoring.memory_gb)"
                 raise Died(f"out of memory: {told}")
             else:
                 self.line.holds = None
-                raise _HopelessError(f"not called: the scoring process cannot read the samples: {said[1]}")
+                raise _HopelessError(f"not called: the scoring process cannot read the samples: {said}")
+
+    def _note(self, job: _Job, said: Begin | Done) -> float:
+        """The seconds in which something more must be heard."""
+        if isinstance(said, Begin):
+            job.begin(said)
+            return self._allowed(said)
+        job.take(said)
+        if said.part != DECODE:
+            self.silent = 0
+        return STALL
 
     def _kind(self, part: int) -> tuple[bool, bool]:
         """(is it groupwise, does it declare a batch size)."""

@@ -28,9 +28,9 @@ from rayft.rewards.actor import NOBODY, TICK, Call, Job, Pace, RewardActor, Rost
 from rayft.rewards.worker import Limits, Outcome, Worker
 from rayft.score import CALLS_HELD, DECODE, Told
 
-PER_WORK = 0.006  # seconds that sending and answering a work keeps processors busy, in all processes together
-SHORTEST, LONGEST, OVER = 0.005, 0.2, 1.1  # seconds of one work; a last row may take it a little over them
-DEEP = 0.5  # works of more seconds do not queue behind others: whoever is idle first takes them
+PER_WORK = 0.02  # seconds of work per actor that one sending and answering is worth: about 5 ms of processor each
+SHORTEST, LONGEST, OVER = 0.005, 1.0, 1.2  # seconds of one work; a last row may take it a little over them
+DEEP = 1.5  # works of more seconds do not queue behind others: whoever is idle first takes them
 BACKLOG = 1.0  # seconds of work per actor above which a pool grows
 GRACE = 3.0  # seconds that a work may take beyond its own
 STOPPED = "the reward pool was stopped while it was at work"
@@ -50,7 +50,7 @@ class Placement:
     """GPU fraction each actor reserves; at least what its rewards ask for."""
     isolate: bool = True
     """Rewards run in a child of the actor, unless a GPU is reserved for it."""
-    target_seconds: float = 0.1
+    target_seconds: float = 0.2
     """Work per call; more where so many actors call that the calls alone would keep the driver busy."""
     in_flight: int = 2
     """Works with an actor at a time, so that it need not wait for the driver."""

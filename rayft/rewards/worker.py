@@ -89,7 +89,9 @@ class Outcome:
         return tuple(tasks)
 
     def _column(self, columns: dict, key: object) -> np.ndarray:
-        return columns.setdefault(key, np.full(self.num_rows, np.nan))
+        if key not in columns:
+            columns[key] = np.full(self.num_rows, np.nan)
+        return columns[key]
 
 
 class Worker(Protocol):
