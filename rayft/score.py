@@ -1,6 +1,6 @@
 """Decode events and call rewards on them, in whatever process this is imported; numpy only, so that it stays small.
 
-Work is done in chunks of about 50 ms, each announced before it begins: who watches the process knows at any moment
+Work is done in chunks of about 0.1 s, each announced before it begins: who watches the process knows at any moment
 which samples it is busy with, and can blame the right ones when it dies.
 """
 
@@ -20,7 +20,7 @@ from rayft.reward import Reward, arity, build, digest, itself, label
 
 DECODE = -1  # in place of a part's number
 UNREADABLE = object()  # in place of a sample where the decoder itself failed
-CHUNK_SECONDS, LARGEST_CHUNK = 0.05, 4096
+CHUNK_SECONDS, LARGEST_CHUNK = 0.2, 4096
 CALLS_HELD = 2  # calls whose decoded samples are kept, for a second pass over the same events
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from rayft import imports
 from rayft.rewards.line import STALL, Died, Line
 from rayft.rewards.worker import Limits, Outcome
-from rayft.score import DECODE, Begin, Done, Task, Told, Work, words
+from rayft.score import CHUNK_SECONDS, DECODE, Begin, Done, Task, Told, Work, words
 
 ATTEMPTS = 3  # to build a child again, and deaths that fall on no row, before the rest of a work is given up
 SILENT = 10  # samples that time out in a row before the rest of a work is not tried
@@ -177,7 +177,9 @@ class Isolated:
         return (False, False) if part == DECODE else self.line.kinds[part]
 
     def _allowed(self, begun: Begin) -> float:
-        return self.limits.timeout * (len(begun.rows) if any(self._kind(begun.part)) else 1)
+        if any(self._kind(begun.part)):
+            return self.limits.timeout * len(begun.rows)
+        return self.limits.timeout + (2 * CHUNK_SECONDS if len(begun.rows) > 1 else 0.0)  # all of it, if none is slow
 
 
 @dataclass(frozen=True)

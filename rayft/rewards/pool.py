@@ -29,7 +29,7 @@ from rayft.rewards.worker import Limits, Outcome, Worker
 from rayft.score import CALLS_HELD, DECODE, Told
 
 PER_WORK = 0.02  # seconds of work per actor that one sending and answering is worth: about 5 ms of processor each
-SHORTEST, LONGEST, OVER = 0.005, 1.0, 1.2  # seconds of one work; a last row may take it a little over them
+SHORTEST, LONGEST, OVER = 0.02, 1.0, 1.2  # seconds of one work; a last row may take it a little over them
 DEEP = 1.5  # works of more seconds do not queue behind others: whoever is idle first takes them
 BACKLOG = 1.0  # seconds of work per actor above which a pool grows
 GRACE = 3.0  # seconds that a work may take beyond its own
@@ -256,7 +256,8 @@ class RewardPool:
         num_up = max(1, len(self.roster.up))
         target = min(LONGEST, max(self.placement.target_seconds, PER_WORK * num_up))
         left = float(costs.mean()) * sum(map(len, call.piles.values()))
-        seconds = max(SHORTEST, min(target, left / (2 * num_up)))
+        share = left / (2 * num_up) if num_up > 1 else left  # the last works are small, so that all end together
+        seconds = max(SHORTEST, min(target, share))
         ends = np.cumsum(costs)
         size = int(np.searchsorted(ends, OVER * seconds, side="right"))
         size = max(batch, size // batch * batch)
