@@ -227,7 +227,10 @@ OFFLINE = """
 import json, sys
 found = []
 own = ("rayft", "numpy")  # what the process that scores says
-sys.addaudithook(lambda event, told: event == "pickle.find_class" and not told[0].startswith(own) and found.append(told))
+def note(event, told):
+    if event == "pickle.find_class" and not told[0].startswith(own):
+        found.append(told)
+sys.addaudithook(note)
 from rayft.cli import main
 
 run, card = sys.argv[1:]

@@ -27,8 +27,8 @@ from rayft.algorithms.rgdm import RGDMConfig
 from rayft.chain import Policy
 from rayft.draws import Bench, Draw, draw_current, draw_pretrained
 from rayft.env import DenoisingEnv, DenoisingVectorEnv, make, make_vector, named
-from rayft.score import DECODE, Done, Part, Task, Told, Work, Workbench
 from rayft.rl.runner import ChainRunner
+from rayft.score import DECODE, Done, Part, Task, Told, Work, Workbench
 from rayft.seeds import torch_generator
 
 NUM_CHAINS = 4

@@ -212,15 +212,25 @@ def test_a_groupwise_reward_sees_all_its_samples_at_once(opened):
     np.testing.assert_array_equal(outcome.values[1], np.arange(101))
 
 
-def test_samples_are_scored_where_they_were_decoded(opened):
-    pool = opened(whose, isolate=False, actors=3)
+SLOW_DECODER = """
+import time
+
+def decode(x_0, context):
+    time.sleep(0.002 * len(x_0))
+    return list(x_0)
+"""
+
+
+def test_samples_are_scored_where_they_were_decoded(opened, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_DECODER)
+    pool = opened(whose, isolate=False, actors=3, decoder=f"{tmp_path}/slow.py:decode")
     events = ascending(600)
     pool.run(events, {}, {DECODE: rows_of(600)}, call=1)
     pids = {seat.number: ray.get(seat.actor.__ray_call__.remote(lambda _: os.getpid())) for seat in pool.roster.seats}
     decoded = np.array([pids[owner] for owner in pool.owners[1].tolist()])
     scored = pool.run(events, {}, {0: rows_of(600)}, call=1).values[0]
-    assert len(set(decoded.tolist())) > 1
-    assert (scored == decoded).mean() > 0.5  # what is left when an actor has done its own, it takes from the others
+    assert np.unique(decoded, return_counts=True)[1].max() < 400  # all three had a share
+    assert (scored == decoded).mean() > 0.6  # an actor that has done its own takes from the others
 
 
 def test_neither_actor_nor_child_loads_torch(opened):
