@@ -108,7 +108,7 @@ def qed(quick: bool) -> dict[str, _result.Figure]:
         }
         for name, way in ways.items():
             assert np.array_equal(np.asarray(way()), expected), name
-        rounds = interleaved(list(ways.values()), 2 if quick else 7)
+        rounds = interleaved(list(ways.values()), 2 if quick else 5)
     for actor in plain:
         ray.kill(actor)
     one, own, processes, actors = range(4)
@@ -176,7 +176,7 @@ def sleep(quick: bool) -> dict[str, _result.Figure]:
             items = list(range(80 if quick else 12800))
             run(pool, items[: 4 * num])
             perfect = 0.05 * len(items) / num
-            times = [timed(lambda pool=pool, items=items: run(pool, items)) for _ in range(2 if quick else 4)]
+            times = [timed(lambda pool=pool, items=items: run(pool, items)) for _ in range(2 if quick else 3)]
             taken, shared = memory()
         told[f"sleep/{num}"] = _result.over_seeds([perfect / seconds for seconds in times])
     return {

@@ -108,7 +108,8 @@ class Workbench:
         announce: Callable[[Part], None] = lambda part: None,
     ) -> None:
         self.decode: Callable[..., Sequence[Any]] | None = None if told.decoder is None else imports.load(told.decoder)
-        self.canonical = imports.load(told.canonical) if isinstance(told.canonical, str) else told.canonical
+        made = {str: imports.load, bytes: imports.unpack}.get(type(told.canonical))
+        self.canonical = told.canonical if made is None else made(told.canonical)
         self.told, self.fatal = told, fatal
         self.rewards: list[Reward] = []
         for part in told.parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported; otherwise it writes ~/.ray/auth_token
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to Ctrl-C
 CHECKED = ("schedule", "space", "chain", "credit", "losses", "payoff")
 install_import_hook([f"rayft.{name}" for name in CHECKED], "beartype.beartype")  # shapes are checked in tests only
 
