@@ -77,11 +77,11 @@ class Plane(Domain):
     event_shape = (DIM,)
     rewards: Mapping[str, str] = {"norm": "benchmarks.overhead:Norm"}
 
-    def __init__(self, hidden: int = 128) -> None:
-        self.hidden = hidden
+    def __init__(self, hidden: int = 128, num_steps: int = NUM_STEPS) -> None:
+        self.hidden, self.num_steps = hidden, num_steps
 
     def schedule(self) -> Schedule:
-        return linear(NUM_STEPS)
+        return linear(self.num_steps)
 
     def denoiser(self) -> Denoiser:
         with torch.random.fork_rng():

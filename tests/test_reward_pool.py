@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from rayft.rewards import actor as actors
+from rayft.rewards import roster as rosters
 from rayft.rewards.pool import Placement, RewardPool
 from rayft.rewards.worker import Limits
 from rayft.score import DECODE, Part, Told
@@ -302,7 +302,7 @@ def test_a_pool_grows_with_its_work_and_shrinks_without(opened, monkeypatch):
     outcome = pool.run(ascending(150), {}, {0: rows_of(150)}, call=0)
     np.testing.assert_array_equal(outcome.values[0], np.arange(150))
     until(lambda: pool.num_actors == 3)
-    monkeypatch.setattr(actors, "IDLE", 0.2)
+    monkeypatch.setattr(rosters, "IDLE", 0.2)
     time.sleep(0.4)
     pool.run(ascending(4), {}, {0: rows_of(4)}, call=1)
     assert pool.num_actors == 1

@@ -24,11 +24,14 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rayft import imports, reward
-from rayft.rewards.actor import NOBODY, TICK, Call, Job, Pace, RewardActor, Roster, Seat, Terms, worker
+from rayft.rewards.actor import RewardActor, worker
+from rayft.rewards.book import NOBODY, Job, Pace, Run
+from rayft.rewards.roster import TICK, Roster, Seat, Terms
 from rayft.rewards.worker import Limits, Outcome, Worker
 from rayft.score import CALLS_HELD, DECODE, Told
 
 PER_WORK = 0.02  # seconds of work per actor that one sending and answering is worth: about 5 ms of processor each
+HANDING = 0.03  # share of an actor's time that may go into receiving and answering
 SHORTEST, LONGEST, OVER = 0.02, 1.0, 1.2  # seconds of one work; a last row may take it a little over them
 DEEP = 1.5  # works of more seconds do not queue behind others: whoever is idle first takes them
 BACKLOG = 1.0  # seconds of work per actor above which a pool grows
@@ -51,7 +54,7 @@ class Placement:
     isolate: bool = True
     """Rewards run in a child of the actor, unless a GPU is reserved for it."""
     target_seconds: float = 0.2
-    """Work per call; more where so many actors call that the calls alone would keep the driver busy."""
+    """Work per call; more where handing it over takes a share of it: many actors, or busy processors."""
     in_flight: int = 2
     """Works with an actor at a time, so that it need not wait for the driver."""
     startup_s: float = 120.0
@@ -167,7 +170,7 @@ class RewardPool:
         told = {"call": call, "events": events, "context": dict(context), "keys": keys, "metadata": dict(metadata)}
         wanted = {part: np.asarray(rows, dtype=int) for part, rows in wanted.items() if len(rows)}
         with self.lock:
-            under_way = Call(told, wanted, self.groups, self._owners(call, len(events)))
+            under_way = Run(told, wanted, self.groups, self._owners(call, len(events)))
             if not self.placement.actors:
                 self._run_here(under_way)
                 return under_way.whole
@@ -183,17 +186,17 @@ class RewardPool:
             self.roster.shrink(0)
             return under_way.whole
 
-    def _run_here(self, call: Call) -> None:
+    def _run_here(self, run: Run) -> None:
         local = self.local
         assert local is not None, "start() comes first"
-        while not call.over():
-            job = call.again.popleft() if call.again else call.take(NOBODY, NOBODY, self._size(call, NOBODY, NOBODY)[0])
-            outcome = local.work(job.work(**call.told))
+        while not run.over():
+            job = run.again.popleft() if run.again else run.take(NOBODY, NOBODY, self._size(run, NOBODY, NOBODY)[0])
+            outcome = local.work(job.work(**run.told))
             if self.stopping:
                 local.stop()
                 raise RuntimeError(STOPPED)
             self._learn(outcome)
-            call.hear(NOBODY, job, outcome)
+            run.hear(NOBODY, job, outcome)
 
     def _owners(self, call: int, num_events: int) -> np.ndarray:
         """Which actor has each event decoded, of those that are there."""
@@ -204,58 +207,59 @@ class RewardPool:
         owners[~np.isin(owners, [seat.number for seat in self.roster.up])] = NOBODY
         return owners
 
-    def _begin(self, call: Call) -> None:
+    def _begin(self, run: Run) -> None:
         self.roster.begin()
         self.roster.look()
-        needed = self._needed(call)
+        needed = self._needed(run)
         self.roster.shrink(needed)
         self.roster.grow(needed)
 
-    def _needed(self, call: Call) -> int:
+    def _needed(self, run: Run) -> int:
         """Actors that have no more than ``BACKLOG`` seconds of work each."""
-        asked = {part: sum(int(mask[rows].sum()) for rows in call.piles.values()) for part, mask in call.asked.items()}
-        jobs = [*call.again, *(job for seat in self.roster.seats for _, job in seat.sent if not job.settled)]
+        asked = {part: sum(int(mask[rows].sum()) for rows in run.piles.values()) for part, mask in run.asked.items()}
+        jobs = [*run.again, *(job for seat in self.roster.seats for _, job in seat.sent if not job.settled)]
         seconds = (self.pace.of(asked) or 0.0) + sum(self._expected(job) or 0.0 for job in jobs)
         return max(self.roster.terms.fewest, math.ceil(seconds / BACKLOG))
 
     # -- sending
 
-    def _fill(self, call: Call) -> None:
+    def _fill(self, run: Run) -> None:
         """Gives every actor what it may hold, the idle first."""
         for depth in range(self.placement.in_flight):
             for seat in self.roster.up:
-                if len(seat.sent) == depth and (call.again or call.piles):
-                    job = self._next(call, seat)
+                if len(seat.sent) == depth and (run.again or run.piles):
+                    job = self._next(run, seat)
                     if job is not None:
-                        self._send(call, seat, job)
+                        self._send(run, seat, job)
 
-    def _next(self, call: Call, seat: Seat) -> Job | None:
+    def _next(self, run: Run, seat: Seat) -> Job | None:
         """What this actor is sent now. While suspects wait, which run alone, only idle actors are sent anything."""
-        while call.again and call.again[0].settled:
-            call.again.popleft()
-        if seat.sent and (seat.sent[-1][1].alone or any(job.alone for job in call.again)):
+        while run.again and run.again[0].settled:
+            run.again.popleft()
+        if seat.sent and (seat.sent[-1][1].alone or any(job.alone for job in run.again)):
             return None
-        if call.again:
-            return call.again.popleft()
-        if not call.piles:
+        if run.again:
+            return run.again.popleft()
+        if not run.piles:
             return None
-        pile = call.pile(seat.number)
-        size, seconds = self._size(call, seat.number, pile)
-        return None if seat.sent and seconds > DEEP else call.take(seat.number, pile, size)
+        pile = run.pile(seat.number)
+        size, seconds = self._size(run, seat.number, pile)
+        return None if seat.sent and seconds > DEEP else run.take(seat.number, pile, size)
 
-    def _size(self, call: Call, number: int, pile: int) -> tuple[int, float]:
+    def _size(self, run: Run, number: int, pile: int) -> tuple[int, float]:
         """(rows, seconds) of the next work: probes until the pace is known, less and less towards the end."""
-        batch = max(self.batches[part] for part in call.asked)
-        if not call.asked.keys() <= self.pace.seconds.keys():
-            return batch * min(64, 1 + call.heard), 0.0  # many answers without a pace: nothing there to be called with
-        rows = call.ahead(number, pile, call.largest)
+        batch = max(self.batches[part] for part in run.asked)
+        if not run.asked.keys() <= self.pace.seconds.keys():
+            return batch * min(64, 1 + run.heard), 0.0  # many answers without a pace: nothing there to be called with
+        rows = run.ahead(number, pile, run.largest)
         decoded = number != NOBODY and pile == number
         costs = np.full(len(rows), 0.0 if decoded else self.pace.seconds.get(DECODE, 0.0))
-        for part in call.asked.keys() - {DECODE}:
-            costs += self.pace.seconds[part] * call.asked[part][rows]
+        for part in run.asked.keys() - {DECODE}:
+            costs += self.pace.seconds[part] * run.asked[part][rows]
         num_up = max(1, len(self.roster.up))
-        target = min(LONGEST, max(self.placement.target_seconds, PER_WORK * num_up))
-        left = float(costs.mean()) * sum(map(len, call.piles.values()))
+        worth = max(PER_WORK * num_up, self.pace.handing / HANDING)
+        target = min(LONGEST, max(self.placement.target_seconds, worth))
+        left = float(costs.mean()) * sum(map(len, run.piles.values()))
         share = left / (2 * num_up) if num_up > 1 else left  # the last works are small, so that all end together
         seconds = max(SHORTEST, min(target, share))
         ends = np.cumsum(costs)
@@ -263,70 +267,70 @@ class RewardPool:
         size = max(batch, size // batch * batch)
         return size, float(ends[min(size, len(ends)) - 1])
 
-    def _send(self, call: Call, seat: Seat, job: Job) -> None:
-        self.flying[seat.send(job, job.work(**call.told))] = seat
+    def _send(self, run: Run, seat: Seat, job: Job) -> None:
+        self.flying[seat.send(job, job.work(**run.told))] = seat
         self.counts["works"] += 1
 
     # -- hearing
 
-    def _listen(self, call: Call) -> None:
+    def _listen(self, run: Run) -> None:
         """Waits for one answer, a moment at most."""
         if not self.flying:
             self.roster.wait()
             return
         for ref in ray.wait(list(self.flying), num_returns=1, timeout=TICK)[0]:
-            self._hear(call, self.flying[ref], ref)
+            self._hear(run, self.flying[ref], ref)
 
-    def _hear(self, call: Call, seat: Seat, ref: Any) -> None:
+    def _hear(self, run: Run, seat: Seat, ref: Any) -> None:
         try:
             job, outcome = seat.take(ref)
         except RayError as error:
-            self._lose(call, seat)
+            self._lose(run, seat)
             if isinstance(error, RayTaskError) and not isinstance(error.cause, MemoryError):
                 raise  # no sample's doing: a worker lets nothing else through
             return
         del self.flying[ref]
-        self._learn(outcome)
-        call.hear(seat.number, job, outcome)
+        self._learn(outcome, seat.took)
+        run.hear(seat.number, job, outcome)
 
-    def _learn(self, outcome: Outcome) -> None:
-        self.pace.learn(outcome)
+    def _learn(self, outcome: Outcome, seconds: float | None = None) -> None:
+        self.pace.learn(outcome, seconds)
         self.counts["restarts"] += outcome.restarts
 
-    def _lose(self, call: Call, seat: Seat, late: bool = False) -> None:
+    def _lose(self, run: Run, seat: Seat, late: bool = False) -> None:
         """Replaces an actor and has its works done by others. Only what was under way can be to blame."""
         for ref in seat.answers():  # it may have answered one before it died over the next
             with suppress(RayError):
-                call.hear(seat.number, *seat.take(ref))
+                run.hear(seat.number, *seat.take(ref))
         self.flying = {ref: other for ref, other in self.flying.items() if other is not seat}
         for position, job in enumerate(self.roster.dismiss(seat, "lost")):
             if position == 0 and not job.settled:
-                self._blame(call, job, late)
+                self._blame(run, job, late)
             elif not job.settled and not job.copies:
                 job.alone = True  # innocent, but the next actor shall not lose anything with it if it is not
-                call.again.appendleft(job)
+                run.again.appendleft(job)
         self.roster.grow(len(self.roster.seats) + 1)
 
-    def _blame(self, call: Call, job: Job, late: bool) -> None:
+    def _blame(self, run: Run, job: Job, late: bool) -> None:
         """Divides a job, at once where rewards share the actor's process; a single sample has several attempts."""
         job.deaths += 1
         attempts = 1 + self.limits.retries if late and not self.isolate else self.placement.attempts
         pieces = job.pieces() if job.deaths >= attempts or not self.isolate else []
         if pieces:
             self.counts["divided"] += 1
-            call.settle(job)
-            call.put(pieces)
+            run.settle(job)
+            run.put(pieces)
         elif job.deaths < attempts and not job.copies:
             job.alone = True
-            call.again.appendleft(job)
+            run.again.appendleft(job)
         elif not job.copies and late:
-            call.fail(job, f"timed out: no answer within {self._allowed(job):g} s")
+            run.fail(job, f"timed out: no answer within {self._allowed(job):g} s")
         elif not job.copies:
-            call.fail(job, f"lost: the reward actor died {job.deaths} times under this sample")
+            run.fail(job, f"lost: the reward actor died {job.deaths} times under this sample")
 
     # -- what does not announce itself
 
-    def _tick(self, call: Call) -> None:
+    def _tick(self, run: Run) -> None:
         now = time.monotonic()
         if now - self.ticked < TICK:
             return
@@ -336,12 +340,12 @@ class RewardPool:
         self.roster.look()
         for seat in [seat for seat in self.roster.up if seat.sent]:
             if now - seat.since > self._allowed(seat.sent[0][1]):
-                self._lose(call, seat, late=True)
-        if not call.piles and not call.again:
-            self._resend(call, now)
-        self.roster.grow(self._needed(call))
+                self._lose(run, seat, late=True)
+        if not run.piles and not run.again:
+            self._resend(run, now)
+        self.roster.grow(self._needed(run))
 
-    def _resend(self, call: Call, now: float) -> None:
+    def _resend(self, run: Run, now: float) -> None:
         """Stragglers are sent once more, to who has nothing to do."""
         idle = [seat for seat in self.roster.up if not seat.sent]
         for seat in self.roster.up:
@@ -352,7 +356,7 @@ class RewardPool:
                 if idle and not spared and now - seat.since > 3 * expected + 1:
                     job.resent = True
                     self.counts["resent"] += 1
-                    self._send(call, idle.pop(), job)
+                    self._send(run, idle.pop(), job)
 
     def _expected(self, job: Job) -> float | None:
         return self.pace.of({DECODE: len(job.rows), **{part: len(rows) for part, rows in job.asked.items()}})
