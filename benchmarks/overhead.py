@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from benchmarks import _result
 from rayft.algorithms.base import Credit
 from rayft.algorithms.ppo import PPOConfig
+from rayft.bench import Bench
 from rayft.chain import sample
 from rayft.domain import Denoiser, Domain
-from rayft.draws import Bench, Draw, draw_current
+from rayft.draws import Draw, draw_current
 from rayft.reward import Reward
 from rayft.schedule import Schedule, linear
 from rayft.seeds import numpy_generator, torch_generator

@@ -19,8 +19,9 @@ from rich.table import Table
 from rayft import domain as domains
 from rayft import evaluate
 from rayft.algorithms.config import DiffusionConfig
+from rayft.bench import Bench
 from rayft.chain import Policy, reverse_process
-from rayft.draws import Bench, draw_pretrained
+from rayft.draws import draw_pretrained
 from rayft.rewards.service import RewardService
 from rayft.score import Scores
 from rayft.seeds import torch_generator

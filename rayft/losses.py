@@ -51,6 +51,15 @@ def anchored_loss(mean: Events, x_prev: Events, mean_ref: Events, sigma: Row, we
     return pull / (2 * sigma**2)
 
 
+def pull_loss(mean: Events, mean_ref: Events, shift: Events, weight: Row, sigma: Row) -> Row:
+    """A quadratic around the pretrained mean (RGDM's anchored form): y = mu - mu_pre goes to shift / weight.
+
+    L = (weight |y|^2 - 2 shift y) / (2 sigma^2)
+    """
+    y = mean - mean_ref
+    return (weight * squared_norm(y) - 2 * (shift * y).flatten(1).sum(1)) / (2 * sigma**2)
+
+
 def kl_estimate(log_prob: Row, log_prob_old: Row) -> Row:
     """A non-negative unbiased estimate of KL(p_old || p_theta) from draws of p_old: rho - 1 - log rho."""
     log_ratio = (log_prob - log_prob_old).clamp(-20, 20)

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rayft import domain as domains
+from rayft.bench import Bench
 from rayft.chain import Policy, Process, reverse_process
-from rayft.draws import Bench
 
 FORMAT = 1
 

@@ -1,26 +1,25 @@
 """Draws: who is rolled out, what is scored, what must be independent, and seeds by address."""
 
-import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2_contingency, chisquare, kstest, pearsonr
+from scipy.stats import chisquare, kstest, pearsonr
 from torch import nn
 
 from envs.toy.domain import Toy
-from envs.toy.masked import MEANS, SPREAD, MaskedToy
+from envs.toy.masked import MaskedToy
 from rayft import seeds
-from rayft.chain import Policy, expand, reverse_process, sample
+from rayft.bench import Bench
+from rayft.chain import Policy, expand, reverse_process
 from rayft.domain import Denoiser, Domain
-from rayft.draws import Bench, draw_current, draw_payoff, draw_pretrained, draw_roll_in, join
+from rayft.draws import draw_current, draw_pretrained, draw_roll_in, join
 from rayft.schedule import linear
 from rayft.space import squared_norm
 
-PAYOFF = {"radius": 0.5, "radius_unit": "sigma", "num_candidates": 3, "reward_at": "x_prev"}
-DRAWS = {"current": draw_current, "pretrained": draw_pretrained, "roll_in": draw_roll_in, "payoff": draw_payoff}
+DRAWS = {"current": draw_current, "pretrained": draw_pretrained, "roll_in": draw_roll_in}
 every_draw = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 
 
@@ -41,13 +40,6 @@ def bench(domain=None, shift=0.0, sigma="beta", dtype=torch.float64):
         nn.init.constant_(nets[0].residual[-1].bias, shift)
     policy, reference = (Policy(net, process, domain.space, net.prediction) for net in nets)
     return Bench(domain, policy, reference, torch.device("cpu"), dtype)
-
-
-class NoData(MaskedToy):
-    """The masked toy where a user brings a model and no data."""
-
-    def data(self, num_events, generator):
-        return None
 
 
 class Zero(Denoiser):
@@ -119,88 +111,7 @@ def test_roll_in_gives_one_transition_a_chain_at_timesteps_drawn_evenly():
     assert float(draw.events[padding].abs().max()) == 0
 
 
-def unpacked(b, draw):
-    """(t, x_0, noise) that a pay-off draw came from, from x_tilde = A x_0 + B x_t."""
-    process, t = b.policy.process, draw.chains.t[0]
-    x_tilde, x_t = draw.chains.x
-    x_0 = (x_tilde - expand(process.from_xt[t], x_t) * x_t) / expand(process.from_x0[t], x_t)
-    ab = process.schedule.alpha_bar[t]
-    return t, x_0, (x_t - expand(ab.sqrt(), x_t) * x_0) / expand((1 - ab).sqrt(), x_t)
-
-
-def test_payoff_rows_are_data_under_forward_noise_at_timesteps_drawn_evenly():
-    b, n = bench(), 12_000
-    draw = draw_payoff(b, n, seeded(0), PAYOFF)
-    t, x_0, noise = unpacked(b, draw)
-    context, space = draw.chains.context, b.domain.space
-    assert chisquare(torch.bincount(t, minlength=21)[1:].numpy()).pvalue > 1e-3
-    close(space.project(x_0, context), x_0, atol=1e-6)  # data are float32
-    around = x_0 - space.project(MEANS[context["class"]].double(), context)
-    dim = space.dim(x_0, context)
-    assert float(squared_norm(around).sum() / dim.sum()) == pytest.approx(SPREAD**2, rel=0.02)
-    for part in (t <= 5, t > 15):
-        assert float(squared_norm(noise)[part].sum() / dim[part].sum()) == pytest.approx(1, rel=0.03)
-    close(space.project(noise, context), noise, atol=1e-6)
-    close(b.reference.mean(draw.chains.x[1], t, context), draw.chains.columns["mean_ref"][0])
-
-
-def test_candidates_lie_in_the_ball_around_x_tilde_and_are_scored_in_order():
-    b = bench()
-    draw = draw_payoff(b, 200, seeded(0), PAYOFF)
-    candidates, t = draw.chains.columns["candidates"][0], draw.chains.t[0]
-    assert candidates.shape == (200, 3, 4, 3)
-    dim = b.domain.space.dim(draw.chains.x[0], draw.chains.context)
-    reach = (candidates - draw.chains.x[0].unsqueeze(1)).flatten(2).norm(dim=2)
-    allowed = (0.5 * b.policy.sigma(t) * dim.sqrt()).unsqueeze(1)
-    assert 0.99 < float((reach / allowed).max()) <= 1 + 1e-9
-    assert torch.equal(draw.events.unflatten(0, (200, 3)), candidates)
-    for name, told in draw.chains.context.items():
-        assert torch.equal(draw.context[name], told.repeat_interleave(3, 0))
-
-
-def test_without_a_radius_every_candidate_is_x_tilde():
-    draw = draw_payoff(bench(), 20, seeded(0), {**PAYOFF, "radius": 0.0})
-    close(draw.chains.columns["candidates"][0], draw.chains.x[0].unsqueeze(1).expand(-1, 3, -1, -1), rtol=0, atol=0)
-
-
-def test_rewards_at_x0_hat_are_read_off_the_pretrained_model_one_step_further_down():
-    b = bench(shift=0.5)
-    draw = draw_payoff(b, 100, seeded(0), {**PAYOFF, "reward_at": "x0_hat"})
-    candidates = draw.chains.columns["candidates"][0].flatten(0, 1)
-    t = draw.chains.t[0].repeat_interleave(3)
-    close(draw.events, b.reference.x0_hat(candidates, t - 1, draw.context))
-    last = t == 1
-    assert int(last.sum()) > 0 and torch.equal(draw.events[last], candidates[last])
-
-
-def test_without_data_payoff_rows_start_from_the_pretrained_models_samples():
-    b, n = bench(NoData(), shift=0.5), 4000
-    draw = draw_payoff(b, n, seeded(0), PAYOFF)
-    _, x_0, _ = unpacked(b, draw)
-    own = sample(b.reference, *b.start(n, seeded(1)), seeded(2))
-    for found, wanted in zip(
-        group_means(b, x_0, draw.chains.context), group_means(b, own.x_0, own.context), strict=True
-    ):
-        assert found == pytest.approx(wanted, abs=0.06)
-
-
-def group_means(b, x_0, context):
-    groups = b.domain.groups(context)
-    return [x_0[groups == g][:, 0].mean(0).tolist() for g in groups.unique()]
-
-
 # independence
-
-
-@pytest.mark.parametrize("num_steps", [20, 30, 42])
-def test_the_noise_level_says_nothing_of_the_datum_it_is_put_on(num_steps):
-    """t is drawn apart from x_0 and its context (R Eq. 13: E_D E_t)."""
-    b = bench(MaskedToy(num_steps))
-    draw = draw_payoff(b, 3000, seeded(0), PAYOFF)
-    group = b.domain.groups(draw.chains.context).numpy()
-    table = np.zeros((num_steps, int(group.max()) + 1))
-    np.add.at(table, (draw.chains.t[0].numpy() - 1, group), 1)
-    assert chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -210,29 +121,13 @@ def test_x_T_says_nothing_of_the_context(seed):  # noqa: N802
     assert pearsonr(size, context["dial"].numpy()).pvalue > 1e-3
 
 
-def test_no_random_number_serves_both_a_datum_and_its_noise():
-    """Data and forward noise come from streams of their own: no value of one turns up in the other."""
-
-    class Normals(Dial):
-        def data(self, num_events, generator):
-            context = self.context(num_events, generator)
-            return torch.randn(num_events, 1, generator=generator), context
-
-    draw = draw_payoff(bench(Normals(), dtype=torch.float32), 512, seeded(0), {**PAYOFF, "radius": 0.0})
-    b = bench(Normals(), dtype=torch.float32)
-    _, x_0, noise = unpacked(b, draw)
-    gap = (x_0[:, None, 0] - noise[None, :, 0]).abs()
-    expected = 512 * 512 * 2e-5 / math.sqrt(4 * math.pi)  # chance hits within 1e-5 of two independent normal samples
-    assert int((gap < 1e-5).sum()) < expected + 5 * math.sqrt(expected) + 5
-
-
 # parts
 
 
 @every_draw
 def test_a_draw_depends_on_its_generator_alone(draw):
     b = bench(shift=0.2)
-    once, again, other = (draw(b, 12, seeded(seed), PAYOFF).numpy() for seed in (5, 5, 6))
+    once, again, other = (draw(b, 12, seeded(seed), {}).numpy() for seed in (5, 5, 6))
     assert np.array_equal(once.events, again.events) and np.array_equal(once.chains.x, again.chains.x)
     assert not np.array_equal(once.events, other.events)
 
@@ -240,7 +135,7 @@ def test_a_draw_depends_on_its_generator_alone(draw):
 @every_draw
 def test_parts_lie_side_by_side_in_the_order_given(draw):
     b = bench(shift=0.2)
-    parts = [draw(b, n, seeded(n), PAYOFF).numpy() for n in (5, 3, 4)]
+    parts = [draw(b, n, seeded(n), {}).numpy() for n in (5, 3, 4)]
     whole = join(parts)
     assert whole.chains.num_chains == 12
     per_chain = len(whole.events) // 12
@@ -263,14 +158,14 @@ def test_parts_lie_side_by_side_in_the_order_given(draw):
 @every_draw
 def test_a_domain_without_context_draws_all_the_same(draw):
     b = bench(Toy(weights=None))
-    found = draw(b, 7, seeded(0), PAYOFF).numpy()
+    found = draw(b, 7, seeded(0), {}).numpy()
     assert found.events.dtype == np.float64
     assert np.isfinite(found.events).all() and found.context == {}
 
 
 def test_float32_domains_stay_float32_throughout():
     for draw in DRAWS.values():
-        found = draw(bench(dtype=torch.float32), 4, seeded(0), PAYOFF)
+        found = draw(bench(dtype=torch.float32), 4, seeded(0), {})
         floats = [found.events, found.chains.x, *found.chains.columns.values()]
         assert {a.dtype for a in floats} == {torch.float32}
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rayft import losses, payoff
+from rayft import losses
 from rayft.chain import expand, forward_noise, posterior_mean, reverse_process
+from rayft.payoff.weight import candidate_weight, fold
 from rayft.schedule import linear, polynomial
 from rayft.space import squared_norm
 
@@ -101,8 +102,8 @@ def test_rgdm_without_radius_and_tilt_is_ddpms_noise_loss(process):
     x_t = forward_noise(process.schedule, x_0, t, eps)
     keep, gain, _, _ = process.linear_in("eps")
     mean = expand(keep[t], x_t) * x_t + expand(gain[t], x_t) * eps_theta
-    rewards = np.random.default_rng(0).normal(size=(1, 60))
-    weight = torch.from_numpy(payoff.candidate_weight(rewards, t.numpy(), 1e12, "batch")).sum(0)
+    rewards = np.random.default_rng(0).normal(size=(60, 1))
+    weight = torch.from_numpy(candidate_weight(rewards, t.numpy(), 1e12, "batch")).sum(1)
     loss = losses.weighted_mle_loss(mean, posterior_mean(process, x_t, x_0, t), process.sigma[t], weight)
     c, sigma = process.eps_gain[t], process.sigma[t]
     close(loss, c**2 / (2 * sigma**2) * squared_norm(eps - eps_theta), rtol=1e-7)
@@ -128,7 +129,7 @@ def test_rgdm_is_minimised_by_the_payoff_weighted_mean(tau):
     candidates = drawn(11, 16, 4, 3)  # [cand, row, feature]
     rewards = drawn(12, 16, 4)
     raw = (rewards / tau).exp()
-    weight = torch.from_numpy(payoff.candidate_weight(rewards.numpy(), np.ones(4, dtype=int), tau, "batch"))
+    weight = torch.from_numpy(candidate_weight(rewards.T.numpy(), np.ones(4, dtype=int), tau, "batch")).T
     best = ((raw.unsqueeze(-1) * candidates).sum(0) / raw.sum(0).unsqueeze(-1)).requires_grad_()
     sigma = torch.tensor([0.1, 0.5, 1.0, 2.0]).double()
 
@@ -146,10 +147,10 @@ def test_folded_candidates_have_the_gradient_of_all_of_them(normalise):
     rewards = drawn(15, 8, 6).numpy()
     rewards[2, 1] = rewards[5, 3] = np.nan
     rewards[:, 4] = np.nan  # a row without one live candidate
-    weight = payoff.candidate_weight(rewards, t, 0.7, normalise)
+    weight = candidate_weight(rewards.T, t, 0.7, normalise).T
     mean = drawn(16, 6, 2, 3).requires_grad_()
     every = sum(losses.weighted_mle_loss(mean, candidates[k], sigma, torch.from_numpy(weight[k])) for k in range(8))
-    x_prev, row_weight = payoff.fold(candidates.numpy(), weight)
+    x_prev, row_weight = fold(candidates.transpose(0, 1).numpy(), weight.T)
     folded = losses.weighted_mle_loss(mean, torch.from_numpy(x_prev), sigma, torch.from_numpy(row_weight))
     wanted = gradient(every / 8, mean)
     close(gradient(folded, mean), wanted)

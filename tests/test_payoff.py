@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from rayft.payoff.ball import radius_at, uniform_shell
+from rayft.payoff.weight import candidate_weight, fold
 from scipy.special import ive
 from scipy.stats import kstest
 
-from rayft import payoff
 from rayft.chain import reverse_process
 from rayft.schedule import linear, polynomial
 from rayft.space import FullSpace, MaskedSpace, squared_norm
@@ -23,8 +24,10 @@ def seeded(seed):
 
 
 def ball(space, num_rows, shape, radius, num_candidates, context, seed=0):
-    like = torch.empty(num_rows, *shape, dtype=torch.float64)
-    return payoff.uniform_ball(space, like, radius.double(), num_candidates, context, seeded(seed))
+    """[cand, row, *event], uniform in the whole ball."""
+    like, generator = torch.empty(num_rows, *shape, dtype=torch.float64), seeded(seed)
+    told = (torch.zeros(num_rows).double(), radius.double(), context, generator)
+    return torch.stack([uniform_shell(space, like, *told) for _ in range(num_candidates)])
 
 
 # the ball
@@ -82,23 +85,23 @@ PROCESSES = {"beta": reverse_process(linear(30), "beta"), "edm": reverse_process
 def test_the_three_radius_units(process):
     t, dim = torch.tensor([1, 7, 30]), torch.tensor([10.0, 4.0, 7.0])
     sigma = process.sigma[t]
-    assert payoff.radius_at(process, t, 0.4, "absolute", dim).tolist() == [0.4] * 3
-    torch.testing.assert_close(payoff.radius_at(process, t, 0.4, "sigma", dim), 0.4 * sigma * dim.double().sqrt())
-    torch.testing.assert_close(payoff.radius_at(process, t, 0.4, "sigma", 9.0), 1.2 * sigma)
-    torch.testing.assert_close(payoff.radius_at(process, t, 0.4, "kl", dim), sigma * math.sqrt(0.8 / 30))
+    assert radius_at(process, t, 0.4, "absolute", dim).tolist() == [0.4] * 3
+    torch.testing.assert_close(radius_at(process, t, 0.4, "sigma", dim), 0.4 * sigma * dim.double().sqrt())
+    torch.testing.assert_close(radius_at(process, t, 0.4, "sigma", 9.0), 1.2 * sigma)
+    torch.testing.assert_close(radius_at(process, t, 0.4, "kl", dim), sigma * math.sqrt(0.8 / 30))
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 @pytest.mark.parametrize("kappa", [0.5, 20.0])
 def test_shifts_as_long_as_the_kl_radius_spend_the_budget_over_the_chain(process, kappa):
     t = torch.arange(1, 31)
-    d = payoff.radius_at(process, t, kappa, "kl", 1e6)
+    d = radius_at(process, t, kappa, "kl", 1e6)
     assert float((d**2 / (2 * process.sigma[t] ** 2)).sum()) == pytest.approx(kappa)
 
 
 # weights by hand
 
-REWARDS = np.log(np.array([[1.0, 2.0, 8.0], [3.0, 2.0, NAN]]))  # two candidates, three rows
+REWARDS = np.log(np.array([[1.0, 3.0], [2.0, 2.0], [8.0, NAN]]))  # three rows of two candidates
 T = np.array([5, 9, 9])
 
 
@@ -112,49 +115,47 @@ T = np.array([5, 9, 9])
     ],
 )
 def test_candidate_weights_by_hand(normalise, wanted):
-    assert payoff.candidate_weight(REWARDS, T, 1.0, normalise) == pytest.approx(np.array(wanted))
-    assert payoff.candidate_weight(0.2 * REWARDS, T, 0.2, normalise) == pytest.approx(np.array(wanted))
+    assert candidate_weight(REWARDS, T, 1.0, normalise) == pytest.approx(np.array(wanted).T)
+    assert candidate_weight(0.2 * REWARDS, T, 0.2, normalise) == pytest.approx(np.array(wanted).T)
 
 
 @pytest.mark.parametrize("normalise", ["batch", "candidates", "timestep"])
 def test_normalised_weights_survive_huge_rewards_and_forget_a_common_shift(normalise):
-    rewards = np.random.default_rng(0).normal(size=(4, 6)) * 3
+    rewards = np.random.default_rng(0).normal(size=(6, 4)) * 3
     t = np.array([1, 1, 2, 2, 3, 3])
-    plain = payoff.candidate_weight(rewards, t, 0.5, normalise)
+    plain = candidate_weight(rewards, t, 0.5, normalise)
     assert plain.mean() == pytest.approx(1)
-    assert payoff.candidate_weight(rewards + 1e6, t, 0.5, normalise) == pytest.approx(plain, rel=1e-6)
+    assert candidate_weight(rewards + 1e6, t, 0.5, normalise) == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("normalise", ["batch", "candidates", "timestep", "none"])
 def test_a_batch_of_failures_weighs_nothing(normalise):
-    assert np.all(payoff.candidate_weight(np.full((3, 4), NAN), np.arange(4), 0.1, normalise) == 0)
+    assert np.all(candidate_weight(np.full((4, 3), NAN), np.arange(4), 0.1, normalise) == 0)
 
 
 def test_one_candidate_normalised_by_its_candidates_weighs_1_whatever_its_reward():
-    rewards = np.random.default_rng(1).normal(size=(1, 50)) * 100
-    assert payoff.candidate_weight(rewards, np.arange(50), 0.01, "candidates").tolist() == [[1.0] * 50]
-    equal = np.repeat(rewards, 4, axis=0)  # d = 0: all candidates are one point
-    assert payoff.candidate_weight(equal, np.arange(50), 0.01, "candidates").tolist() == [[1.0] * 50] * 4
+    rewards = np.random.default_rng(1).normal(size=(50, 1)) * 100
+    assert candidate_weight(rewards, np.arange(50), 0.01, "candidates").tolist() == [[1.0]] * 50
+    equal = np.repeat(rewards, 4, axis=1)  # d = 0: all candidates are one point
+    assert candidate_weight(equal, np.arange(50), 0.01, "candidates").tolist() == [[1.0] * 4] * 50
 
 
 def test_batch_weights_keep_the_data_tilt_and_candidate_weights_lose_it():
     """Row weights under ``batch`` estimate Z(x_t, x_0) = E_U exp(r/tau), up to one factor."""
-    rewards = np.random.default_rng(2).normal(size=(5, 8))
-    z = np.exp(rewards / 0.5).mean(0)
-    _, batch = payoff.fold(np.zeros((5, 8, 1)), payoff.candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "batch"))
+    rewards = np.random.default_rng(2).normal(size=(8, 5))
+    z = np.exp(rewards / 0.5).mean(1)
+    _, batch = fold(np.zeros((8, 5, 1)), candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "batch"))
     assert batch == pytest.approx(z / z.mean())
-    _, own = payoff.fold(
-        np.zeros((5, 8, 1)), payoff.candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "candidates")
-    )
+    _, own = fold(np.zeros((8, 5, 1)), candidate_weight(rewards, np.ones(8, dtype=int), 0.5, "candidates"))
     assert own == pytest.approx(np.ones(8))
 
 
 def test_folding_by_hand():
-    candidates = np.array([[[0.0], [1.0], [5.0]], [[4.0], [3.0], [7.0]]])  # [cand, row, feature]
-    mean, weight = payoff.fold(candidates, np.array([[1.0, 0.0, 0.0], [3.0, 2.0, 0.0]]))
+    candidates = np.array([[[0.0], [4.0]], [[1.0], [3.0]], [[5.0], [7.0]]])  # [row, cand, feature]
+    mean, weight = fold(candidates, np.array([[1.0, 3.0], [0.0, 2.0], [0.0, 0.0]]))
     assert mean.tolist() == [[3.0], [3.0], [6.0]]
     assert weight.tolist() == [2.0, 1.0, 0.0]
-    assert payoff.fold(candidates.astype(np.float32), np.ones((2, 3)))[0].dtype == np.float32
+    assert fold(candidates.astype(np.float32), np.ones((3, 2)))[0].dtype == np.float32
 
 
 # the tilt
@@ -162,10 +163,11 @@ def test_folding_by_hand():
 
 def mean_shift(shift, slope, tau, normalise):
     """E_{q_pd}[eps_star] along ``slope`` for r = slope . eps_star, every candidate of every row pooled."""
+    shift = shift.transpose(0, 1)
     rewards = (shift @ slope).numpy()
-    t = np.ones(shift.shape[1], dtype=int)
-    weight = payoff.candidate_weight(rewards, t, tau, normalise)
-    x_prev, row_weight = payoff.fold(shift.numpy(), weight)
+    t = np.ones(len(shift), dtype=int)
+    weight = candidate_weight(rewards, t, tau, normalise)
+    x_prev, row_weight = fold(shift.numpy(), weight)
     return (row_weight[:, None] * x_prev).sum(0) / row_weight.sum()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,16 @@ class Scored:
     scores: Future[Scores]
 
 
+def spoken(rewards: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What is told of a batch's rewards: mean, spread, and each part where there are several."""
+    return {
+        "reward_mean": known_mean(rewards),
+        "reward_std": float(np.nanstd(rewards)) if np.isfinite(rewards).any() else 0.0,
+        "guard_no_spread": float(not np.isfinite(rewards).any() or np.nanstd(rewards) < 1e-8),
+        **{f"part/{name}": known_mean(column) for name, column in parts.items() if len(parts) > 1},
+    }
+
+
 def open_service(config: Any, domain: Domain) -> RewardService:
     """The rewards of a configuration, not yet started."""
     return RewardService(
@@ -75,10 +86,11 @@ class DiffusionRL(Algorithm):
     env_runner_group: Any
     learner_group: Any
     pays_for = "train"  # what its training scores are metered as
+    rolls_out = True  # learns from its own policy's chains, so that runners need its weights after every update
 
-    @abstractmethod
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        """Transitions with the columns that the learner's ``row_loss`` reads."""
+        """Transitions with the columns that the learner's ``row_loss`` reads, unless ``experience`` is its own."""
+        raise NotImplementedError
 
     def draw_function(self) -> DrawFunction:
         """What one iteration draws; whole chains of the policy unless an algorithm says otherwise."""
@@ -112,6 +124,21 @@ class DiffusionRL(Algorithm):
             raise ValueError(refused)
         if self.rewards.recipe.needs_fit:
             self.draw_pretrained()
+        credit, told = self.experience()
+        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+            self.learn(credit)
+        if self.rolls_out:
+            with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+                self.sync()
+        self._log(told | credit.logged)
+        every = self.config.section("evaluate").every
+        if every and (self.iteration + 1) % every == 0:
+            self.evaluate_policy()
+
+    # -- the four acts
+
+    def experience(self) -> tuple[Credit, dict[str, float]]:
+        """What this iteration learns from, and what is told of it: chains of the policy, scored and credited."""
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
             pieces = self.ahead or self.draw_scored(self.iteration)
             last = self.horizon is not None and self.iteration + 1 >= self.horizon
@@ -120,16 +147,10 @@ class DiffusionRL(Algorithm):
             draw, scores = join([piece.draw for piece in pieces]), self.settled([piece.scores for piece in pieces])
         with self.metrics.log_time((TIMERS, "credit")):
             credit = self.credit(draw, scores.rewards)
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            self.learn(credit)
-        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-            self.sync()
-        self._log(draw, scores, credit)
-        every = self.config.section("evaluate").every
-        if every and (self.iteration + 1) % every == 0:
-            self.evaluate_policy()
-
-    # -- the four acts
+        kl = draw.chains.columns.get("kl")
+        told = {"undecodable": float(scores.undecodable.mean()), "reward_failed": float(scores.num_failed)}
+        told |= {} if kl is None else {"kl": float(kl.sum(0).mean())}
+        return credit, told | spoken(scores.rewards, scores.parts)
 
     def draw_scored(self, iteration: int) -> list[Scored]:
         """An iteration's draw in pieces, each being scored while the next is drawn."""
@@ -182,10 +203,14 @@ class DiffusionRL(Algorithm):
     def settled(self, waiting: list[Future[Scores]]) -> Scores:
         """The answers, joined and counted."""
         scores = Scores.join([one.result() for one in waiting])
+        self.count(scores)
+        return scores
+
+    def count(self, scores: Scores) -> None:
+        """What they cost."""
         self.counts["reward_calls"] += scores.num_calls
         self.counts["cache_hits"] += scores.num_hits
         self.counts["failed"] += scores.num_failed
-        return scores
 
     def learn(self, credit: Credit) -> None:
         """One update over the whole batch; every learner reads the same rows and takes its share of each minibatch."""
@@ -221,6 +246,8 @@ class DiffusionRL(Algorithm):
 
     def evaluate_policy(self) -> Verdict:
         """Holds the policy against J* and the frontier (math, Sec. 2); the pretrained model is drawn once."""
+        if not self.rolls_out:
+            self.sync()
         which = "ema" if self.settings.ema else "current"
         draw = self.collect("evaluate", draw_current, self.config.section("evaluate").chains, which=which)
         policy = remember(self.domain, draw, self.score(draw, "evaluate", watch=True))
@@ -271,19 +298,11 @@ class DiffusionRL(Algorithm):
             self.rewards.recipe = self.rewards.recipe.with_state(told["recipe"])
             self.rewards.meter.load_state(told["meter"])
 
-    def _log(self, draw: Draw, scores: Scores, credit: Credit) -> None:
-        kl = draw.chains.columns.get("kl")
+    def _log(self, told: dict[str, float]) -> None:
         values = {
-            "reward_mean": float(np.nanmean(scores.rewards)),
-            "reward_std": float(np.nanstd(scores.rewards)),
-            "reward_failed": float(scores.num_failed),
-            "undecodable": float(scores.undecodable.mean()),
-            "guard_no_spread": float(np.nanstd(scores.rewards) < 1e-8),
             "stale": float(self.scoring.staleness),
-            **{f"part/{name}": known_mean(column) for name, column in scores.parts.items() if len(scores.parts) > 1},
-            **({"kl": float(kl.sum(0).mean())} if kl is not None else {}),
+            **told,
             **{f"{k}_lifetime": float(v) for k, v in self.counts.items()},
-            **credit.logged,
         }
         for name, value in values.items():
             self.metrics.log_value(name, value, window=1)
@@ -294,7 +313,7 @@ class DiffusionRL(Algorithm):
             return None
         recipe, told = self.rewards.recipe, self.config.section("evaluate")
         own = sum(not part.watched for part in recipe.components)
-        needed = self.config.num_events() * own + told.chains * len(recipe.components)
+        needed = self.events_ahead() * own + told.chains * len(recipe.components)
         if self.pretrained is None:
             needed += told.pretrained_chains * len(recipe.components)
         used = self.counts["reward_calls"]
@@ -305,9 +324,14 @@ class DiffusionRL(Algorithm):
             f"the evaluation after it may take {needed}"
         )
 
+    def events_ahead(self) -> int:
+        """Events that the next iteration has scored."""
+        return self.config.num_events()
+
     @classmethod
+    @abstractmethod
     def get_default_config(cls) -> DiffusionConfig:
-        raise NotImplementedError
+        """Its config class, with defaults."""
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:

@@ -2,23 +2,40 @@
 
     L = E_D E_t E_{eps_star ~ U(ball)} [ w |x_tilde + eps_star - mu_theta(x_t, t)|^2 / (2 sigma_t^2) ],   w = exp(r/tau)
 
-Candidates come from the base, not from q_pd, so they carry the weight (R Eq. 12-13; math, Sec. 3).
+Candidates come from the base, not from q_pd, so they carry the weight (R Eq. 12-13; math, Sec. 3). They are drawn in
+shards, kept in a bank where one is named, and read at any temperature, and at any radius that the bank holds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from ray.rllib.utils.metrics import ENV_RUNNER_SAMPLING_TIMER, TIMERS
 from torch import Tensor
 
-from rayft import credit, losses, payoff
-from rayft.algorithms.base import Credit, DiffusionRL
+from rayft import credit, domain, losses, reward
+from rayft.algorithms.base import Credit, DiffusionRL, spoken
 from rayft.algorithms.config import DiffusionConfig, Settings
-from rayft.draws import Draw, DrawFunction, draw_payoff
+from rayft.bench import Bench
+from rayft.chain import Policy, reverse_process
+from rayft.payoff.bank import open_bank
+from rayft.payoff.pairs import Aim, Centre, RewardAt, SamplerName
+from rayft.payoff.reading import Reading, View, cut, read
+from rayft.payoff.sampler import questions
+from rayft.payoff.source import Source
+from rayft.payoff.weight import Normalise, Running, name_of
 from rayft.rl.learner import DiffusionLearner
-from rayft.settings import Count, NonNegative, Positive
+from rayft.rl.module import DTYPES
+from rayft.settings import Count, CountOrZero, NonNegative, Positive
+from rayft.supply import Supply, Terms
+
+MIN_EFFECTIVE = 100  # candidates that each tenth of the timesteps must be worth, over all that a bank will hold
 
 
 @dataclass(frozen=True)
@@ -37,46 +54,210 @@ class RGDMSettings(Settings):
     """absolute: R's; sigma: times sigma_t sqrt(dim); kl: a budget of nats for the whole chain (use it in high dim)."""
     num_candidates: Count = 8
     """K draws of eps_star per pair."""
-    reward_at: Literal["x_prev", "x0_hat"] = "x0_hat"
-    """Where r is read: the candidate itself (R), or the pretrained model's x_0 of it, which has meaning at any t."""
-    normalise: Literal["batch", "candidates", "timestep", "none"] = "batch"
+    sampler: SamplerName = "importance"
+    """importance: weighted uniform draws, to be re-read; annealing: for black boxes; gradient: differentiable ones."""
+    sampler_steps: Count = 30
+    """Steps of annealing (each scores all candidates) or of gradient ascent."""
+    sampler_end: Literal["maximum", "temperature"] = "maximum"
+    """Where annealing ends: at 0, with the best it saw (R's argmax), or at tau, with a draw from q_pd."""
+    reward_at: RewardAt = "x0_hat"
+    """Where r is read: the candidate (R), the pretrained model's x_0 of it, which means something at any t, or x_0."""
+    centre: Centre = "mean"
+    """What candidates lie around: the posterior's mean (R Eq. 14), or a draw from it (R Eq. 8)."""
+    normalise: Normalise = "batch"
     """What w is compared with: all of the batch (R Eq. 13), its own candidates (R Eq. 12), its timestep, or nothing."""
     timestep_weight: Literal["vlb", "simple"] = "vlb"
     """vlb: the likelihood's 1/(2 sigma_t^2); simple: as in noise prediction with equal weights."""
+    anchor: bool = True
+    """Subtracts the noise that a weight of 1 would carry: same expected gradient, no wandering where r says nothing."""
+    kl_weight: NonNegative = 0.0
+    """Nats of reward per nat of each transition's KL to the pretrained model, as a term of the loss."""
+    bank: str | None = None
+    """Folder that keeps what was drawn and scored, for later runs, other temperatures and radii; may be shared."""
+    bank_pairs: Count | None = None
+    """Pairs after which no more are paid for and the bank is read again; endless where none is given."""
+    radii: tuple[Positive, ...] | list[NonNegative] | None = None
+    """Radii the bank is stratified in, equally many candidates each; ``radius`` alone where none are given."""
+    payoff_actors: CountOrZero = 0
+    """Actors that draw ahead of the learner; 0 draws in the driver, when it is needed."""
+    payoff_lead: Count = 2
+    """Iterations that they may be ahead."""
+
+    def aim(self) -> Aim:
+        """What decides the candidates."""
+        searched = self.sampler != "importance"
+        ends = self.temperature if self.sampler == "annealing" and self.sampler_end == "temperature" else None
+        return Aim(
+            self.num_candidates,
+            tuple(sorted(self.radii or (self.radius,))),
+            self.radius_unit,
+            self.reward_at,
+            self.centre,
+            self.sampler,
+            self.sampler_steps if searched else 0,
+            ends,
+        )
+
+    def view(self) -> View:
+        """How they are read."""
+        return View(self.temperature, self.radius, self.normalise, self.timestep_weight, self.anchor)
 
 
 class RGDMLearner(DiffusionLearner):
-    """Weighted cross-entropy to the folded candidates."""
+    """Weighted cross-entropy to the folded candidates, anchored or plain."""
 
     def row_loss(self, rows: dict[str, Tensor], out: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = losses.weighted_mle_loss(out["mean"], rows["x_prev"], out["sigma"], rows["weight"])
-        return loss, {"kl_rows": losses.transition_kl(out["mean"], rows["mean_ref"], out["sigma"])}
+        kl = losses.transition_kl(out["mean"], rows["mean_ref"], out["sigma"])
+        if self.config.anchor:
+            loss = losses.pull_loss(out["mean"], rows["mean_ref"], rows["shift"], rows["weight"], out["sigma"])
+        else:
+            loss = losses.weighted_mle_loss(out["mean"], rows["x_prev"], out["sigma"], rows["weight"])
+        return loss + self.config.kl_weight * rows["factor"] * kl, {"kl_rows": kl}
 
 
 class RGDM(DiffusionRL):
     """R Alg. 1 after pretraining, on RLlib."""
 
     pays_for = "payoff"
+    rolls_out = False
+
+    def setup(self, config: Any) -> None:
+        super().setup(config)
+        told, seed = self.settings, self.config.seed or 0
+        self.aim, self.running = told.aim(), Running()
+        bank = None if told.bank is None else open_bank(Path(told.bank), self.manifest())
+        self.shard_pairs = told.chains if bank is None else bank.shard_pairs
+        shards = None if told.bank_pairs is None else -(-told.bank_pairs // self.shard_pairs)
+        terms = Terms(told.payoff_actors, told.payoff_lead, shards, seed)
+        self.supply = Supply(self.source(), self.rewards, bank, terms)
+
+    def cleanup(self) -> None:
+        if hasattr(self, "supply"):
+            self.supply.close()
+        super().cleanup()
 
     @classmethod
     def get_default_config(cls) -> RGDMConfig:
         return RGDMConfig()
 
-    def draw_function(self) -> DrawFunction:
-        return draw_payoff
+    def source(self) -> Any:
+        """Makes the source of shards, in whatever process calls it."""
+        config, chain = self.config, self.config.section("chain")
+        return partial(
+            make_source,
+            (config.domain_path, config.domain_arguments),
+            (chain.sigma, chain.eta, chain.num_steps),
+            config.precision,
+            self.aim,
+            self.shard_pairs,
+            config.seed or 0,
+            (config.reward_path, config.reward_arguments),
+        )
 
-    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        chains, told = draw.chains, self.settings
-        t = chains.t[0]
-        by_candidate = rewards.reshape(len(t), told.num_candidates).T
-        weight = payoff.candidate_weight(by_candidate, t, told.temperature, told.normalise)
-        x_prev, row_weight = payoff.fold(chains.columns["candidates"][0].swapaxes(0, 1), weight)
-        if told.timestep_weight == "simple":
-            process = self.env_runner.module.process
-            row_weight = row_weight * (2 * process.sigma**2 / process.eps_gain**2).numpy()[t]
-        share = {"effective_share": credit.effective_share(weight.ravel())}
-        rows = replace(chains.keep("mean_ref"), x=np.stack([x_prev, chains.x[1]]))
-        return Credit(rows.with_columns(weight=row_weight[None].astype(x_prev.dtype)), {}, share)
+    def manifest(self) -> dict[str, Any]:
+        """What a bank must have been made for, to be of use to this run."""
+        module, recipe = self.env_runner.module, self.rewards.recipe
+        parts = [reward.identity(p.path, p.arguments, self.domain.rewards) for p in recipe.parts]
+        told = asdict(recipe) | {"components": [asdict(p) | {"path": "", "arguments": {}} for p in recipe.parts]}
+        weights = [v.cpu().numpy() for v in module.reference.state_dict().values()]
+        aim = asdict(self.aim)
+        return {
+            "domain": str(self.config.domain_path),
+            "model": reward.digest("weights", *weights).hex(),
+            "schedule": reward.digest(module.process.schedule.alpha_bar.numpy()).hex(),
+            "chain": asdict(self.config.section("chain")),
+            "reward": "; ".join(parts),
+            "recipe": reward.digest(json.dumps(told, default=str, sort_keys=True)).hex(),
+            "precision": self.config.precision,
+            "seed": self.config.seed or 0,
+            **aim,
+            "shard_pairs": self.settings.chains,
+        }
+
+    # -- one iteration
+
+    def experience(self) -> tuple[Credit, dict[str, float]]:
+        before = self.supply.waited
+        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+            reading = self.reading()
+        for scores in self.supply.drain():
+            self.count(scores)
+        self._warn(reading)
+        failed = ~np.isfinite(reading.rewards)
+        told = {
+            "reward_failed": float(failed.sum()),
+            "effective_share": credit.effective_share(reading.weight.ravel()),
+            "waited_s": self.supply.waited - before,
+            "silent_timesteps": float(len(reading.silent)),
+        }
+        steps = self.env_runner.module.process.num_steps
+        told |= {f"effective/{name_of(label, steps)}": size for label, size in reading.effective.items()}
+        return Credit(reading.chains), told | spoken(reading.rewards, reading.parts)
+
+    def reading(self) -> Reading:
+        """This iteration's pairs, from one shard or several."""
+        process, num = self.env_runner.module.process, self.settings.chains
+        pieces, position = [], self.iteration * num
+        if self.horizon is not None:
+            self.supply.last = -(-self.horizon * num // self.shard_pairs)
+        while num:
+            place, offset = divmod(position, self.shard_pairs)
+            count = min(num, self.shard_pairs - offset)
+            rows = slice(offset, offset + count)
+            pieces.append(cut(self.supply.take(place), rows, process, self.domain.space, self.aim))
+            position, num = position + count, num - count
+        return read(pieces, self.settings.view(), self.aim, process, self.running)
+
+    def _warn(self, reading: Reading) -> None:
+        """Refuses a temperature and radius that a bank's draws say too little about."""
+        told = self.settings
+        if told.bank is None or self.aim.sampler != "importance":
+            return
+        pairs = told.bank_pairs or told.chains * (self.horizon or 1)
+        steps = self.env_runner.module.process.num_steps
+        worst = min(reading.effective, key=lambda label: reading.effective[label])
+        size = reading.effective[worst] * max(1.0, pairs / told.chains)
+        if size < MIN_EFFECTIVE:
+            raise ValueError(
+                f"at temperature {told.temperature:g} and radius {told.radius:g} the bank's candidates for "
+                f"t = {name_of(worst, steps)} are worth {size:.0f} equally weighted ones, fewer than {MIN_EFFECTIVE}: "
+                "raise the temperature, choose a radius nearer to one of training.radii, or make a larger bank"
+            )
+
+    def events_ahead(self) -> int:
+        """Of the shards that the next iteration needs and nobody has."""
+        start = self.iteration * self.settings.chains
+        first, last = start // self.shard_pairs, -(-(start + self.settings.chains) // self.shard_pairs)
+        return self.supply.missing(first, last) * self.shard_pairs * questions(self.aim)
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().get_state(*args, **kwargs)
+        return {**state, "payoff": (self.running.log_sum, self.running.count)}
+
+    def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().set_state(state, *args, **kwargs)
+        if "payoff" in state:
+            self.running = Running(*map(dict, state["payoff"]))
+
+
+def make_source(
+    world: tuple[Any, dict[str, Any]],
+    chain: tuple[str, float, int | None],
+    precision: str,
+    aim: Aim,
+    shard_pairs: int,
+    seed: int,
+    rewarded: tuple[Any, dict[str, Any]],
+) -> Source:
+    """A source with its own copy of the pretrained network."""
+    own = domain.build(*world)
+    net = domain.pretrained(own).to(DTYPES[precision]).requires_grad_(False)
+    autocast = torch.bfloat16 if precision == "bfloat16" else None
+    policy = Policy(net, reverse_process(own.schedule(), *chain), own.space, net.prediction, autocast)
+    slope: Any = None
+    if aim.sampler == "gradient":
+        slope = reward.build(*rewarded, own.rewards).value  # type: ignore[attr-defined]
+    return Source(Bench(own, policy, policy, torch.device("cpu"), DTYPES[precision]), aim, shard_pairs, seed, slope)
 
 
 class RGDMConfig(DiffusionConfig):
@@ -88,10 +269,43 @@ class RGDMConfig(DiffusionConfig):
         super().__init__(algo_class=algo_class or RGDM)
 
     def num_events(self) -> int:
-        return self.settings().chains * self.settings().num_candidates
+        return self.settings().chains * questions(self.settings().aim())
 
     def num_rows(self, num_steps: int) -> int:
         return self.settings().chains
+
+    def validate(self) -> None:
+        told = self.settings()
+        radii = told.radii
+        if radii is not None and told.sampler != "importance":
+            raise ValueError(f"training.radii are for sampler importance; {told.sampler} searches one ball, of radius")
+        if radii is not None and (not radii or len(set(radii)) < len(radii) or min(radii) < 0):
+            raise ValueError(f"training.radii is {list(radii)}; give different numbers of at least 0")
+        if radii is not None and not (told.radius <= max(radii) and (told.radius > 0 or 0 in radii)):
+            raise ValueError(f"training.radius is {told.radius:g}, which a bank of radii {list(radii)} does not hold")
+        shells = len(radii or (0,))
+        if told.num_candidates % shells:
+            raise ValueError(
+                f"training.num_candidates is {told.num_candidates}; with {shells} radii it must be a multiple of that"
+            )
+        if told.radius == 0 and told.sampler != "importance":
+            raise ValueError(f"training.radius is 0, where {told.sampler} has nowhere to search; use importance")
+        if told.sampler == "gradient":
+            self._check_differentiable()
+        super().validate()
+
+    def _check_differentiable(self) -> None:
+        world = self.build_domain()
+        parts = self.recipe(world).parts
+        found = reward.target(parts[0].path, world.rewards)
+        if len(parts) > 1 or not (isinstance(found, type) and issubclass(found, reward.DifferentiableReward)):
+            named = self.reward_path if len(parts) == 1 else "a composition"
+            raise ValueError(
+                f"sampler gradient needs one differentiable reward and {named} is none: subclass DifferentiableReward, "
+                "or take sampler importance or annealing"
+            )
+        if self.settings().reward_at == "x_0":
+            raise ValueError("sampler gradient searches for candidates, which reward_at: x_0 does not look at")
 
     def get_default_learner_class(self) -> type[RGDMLearner]:
         return RGDMLearner

@@ -1,13 +1,14 @@
-"""RGDM's pay-off distribution, by importance: candidates around the posterior mean, weighted by their reward.
+"""The ball that candidates lie in, cut into shells so that one set of draws serves every radius up to the largest.
 
-    q_pd(x_prev | x_t, x_0) ~ exp(r(x_prev)/tau) 1[|x_prev - x_tilde| <= d],    x_prev = x_tilde + eps_star,
+    eps_star in shell j: uniform over  d_{j-1} < |eps_star| <= d_j,    equally many candidates in each shell
 
-with eps_star from the base, uniform in the ball, and w = exp(r/tau) as its weight (R Eq. 9-13). The base does not
-depend on theta: the pay-off distribution is stationary.
+Uniform in the whole ball of radius d, a candidate of shell j weighs    base_j = S (d_j^D - d_{j-1}^D) / d^D    where
+|eps_star| <= d, else 0: exact for every d <= d_S, in any dimension D. In a high one only the outermost shell counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from rayft.chain import Process, expand
 from rayft.space import Context, Space, squared_norm
 
 RadiusUnit = Literal["absolute", "sigma", "kl"]
-Normalise = Literal["batch", "candidates", "timestep", "none"]
+TOLERANCE = 1e-5  # float32 rounds lengths
 
 
 def radius_at(process: Process, t: Tensor, radius: float, unit: RadiusUnit, dim: Tensor | float) -> Tensor:
@@ -31,63 +32,56 @@ def radius_at(process: Process, t: Tensor, radius: float, unit: RadiusUnit, dim:
     if unit == "absolute":
         return torch.full_like(sigma, radius)
     if unit == "sigma":
-        return radius * sigma * torch.as_tensor(dim, dtype=sigma.dtype).sqrt()
+        return radius * sigma * torch.as_tensor(dim, dtype=sigma.dtype, device=sigma.device).sqrt()
     return sigma * (2 * radius / process.num_steps) ** 0.5
 
 
-def uniform_ball(
+def relative(radii: Sequence[float], unit: RadiusUnit) -> np.ndarray:
+    """The radii as lengths, up to a factor that each row has of its own."""
+    lengths = np.asarray(radii, dtype=np.float64)
+    return np.sqrt(lengths) if unit == "kl" else lengths
+
+
+def shell_of(num_candidates: int, num_shells: int) -> np.ndarray:
+    """Which shell each candidate of a row is drawn in: equally many in each, the innermost first."""
+    return np.repeat(np.arange(num_shells), num_candidates // num_shells)
+
+
+def uniform_shell(
     space: Space,
     like: Float[Tensor, "row *event"],
-    radius: Float[Tensor, " row"],
-    num_candidates: int,
+    inner: Float[Tensor, " row"],
+    outer: Float[Tensor, " row"],
     context: Context,
     generator: torch.Generator,
-) -> Float[Tensor, "cand row *event"]:
-    """eps_star uniform in the ball of each row's radius, inside the space: direction times d u^(1/dim)."""
-    shifts = []
-    for _ in range(num_candidates):
-        drawn = torch.randn(like.shape, dtype=like.dtype, generator=generator)
-        direction = space.project(drawn.to(like.device), context)
-        u = torch.rand(len(like), dtype=like.dtype, generator=generator).to(like.device)
-        length = radius.to(like.dtype) * u ** (1 / torch.as_tensor(space.dim(like, context), dtype=like.dtype))
-        shifts.append(direction * expand(length / squared_norm(direction).sqrt().clamp(min=1e-30), like))
-    return torch.stack(shifts)
+) -> Float[Tensor, "row *event"]:
+    """eps_star uniform between two radii, inside the space; ``inner`` = 0 is the ball.
 
-
-def candidate_weight(
-    rewards: Float[np.ndarray, "cand row"], t: Int[np.ndarray, " row"], tau: float, normalise: Normalise
-) -> Float[np.ndarray, "cand row"]:
-    """w = exp(r/tau), divided by its mean over what ``normalise`` names; failed candidates (NaN) get 0.
-
-    ``batch`` keeps the data tilt Z(x_t, x_0) = E_U exp(r/tau) (R Eq. 13); ``candidates`` divides it out (R Eq. 12),
-    so one candidate or d = 0 gives weight 1; ``timestep`` compares rewards of the same t only; ``none`` is raw.
+    Direction times d (rho^D + (1 - rho^D) u)^(1/D), rho = inner / outer.
     """
-    scaled = np.where(np.isfinite(rewards), rewards / tau, -np.inf)
-    if normalise == "none":
-        return np.exp(scaled)
-    if normalise == "candidates":
-        top = scaled.max(axis=0, keepdims=True)
-        raw = np.exp(scaled - np.where(np.isfinite(top), top, 0.0))
-        return raw / np.maximum(raw.mean(axis=0, keepdims=True), 1e-300)
-    weight = np.zeros_like(scaled)
-    labels = np.zeros_like(t) if normalise == "batch" else t
-    for label in np.unique(labels):
-        members = labels == label
-        top = scaled[:, members].max()
-        if np.isfinite(top):
-            raw = np.exp(scaled[:, members] - top)
-            weight[:, members] = raw / raw.mean()
-    return weight
+    drawn = torch.randn(like.shape, dtype=like.dtype, generator=generator)
+    direction = space.project(drawn.to(like.device), context)
+    u = torch.rand(len(like), dtype=torch.float64, generator=generator).to(like.device)
+    dim = torch.as_tensor(space.dim(like, context), dtype=torch.float64, device=like.device)
+    kept = torch.where(outer > 0, inner / outer.clamp(min=1e-300), 0.0).double() ** dim
+    length = outer * (kept + (1 - kept) * u) ** (1 / dim)
+    return direction * expand(length / squared_norm(direction).sqrt().clamp(min=1e-30), like)
 
 
-def fold(
-    candidates: Float[np.ndarray, "cand row *event"], weight: Float[np.ndarray, "cand row"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(x_prev, w): the weighted mean candidate and the mean weight of each row.
+def base_log_weight(
+    reach: Float[np.ndarray, "row cand"], shells: Int[np.ndarray, " cand"], edges: np.ndarray, d: float, dim: np.ndarray
+) -> Float[np.ndarray, "row cand"]:
+    """log of the density of U(ball of d) over that of the candidates, whose mean is 1; -inf outside.
 
-    sum_k w_k |x_k - mu|^2 = (sum_k w_k) |mean - mu|^2 + const, so K candidates train as one row.
+    ``edges`` are the shells' outer radii and ``reach`` the length of each shift, all in units in which the ball has
+    radius ``d``; ``dim`` is D of each row.
     """
-    total = weight.sum(axis=0)
-    share = np.where(total > 0, weight / np.maximum(total, 1e-300), 1 / len(weight))
-    mean = np.einsum("kr,kr...->r...", share, candidates)
-    return mean.astype(candidates.dtype), total / len(weight)
+    dim = np.asarray(dim, dtype=np.float64).reshape(-1, 1)
+    outer = edges[shells][None]
+    inner = np.concatenate([[0.0], edges[:-1]])[shells][None]
+    if d == 0:
+        return np.where(outer > 0, -np.inf, np.log(len(edges))) + 0.0 * dim
+    with np.errstate(divide="ignore"):
+        volume = dim * np.log(outer / d) + np.log1p(-((inner / np.maximum(outer, 1e-300)) ** dim))
+    inside = (reach <= d * (1 + TOLERANCE)) & (outer > 0)
+    return np.where(inside, np.log(len(edges)) + volume, -np.inf)

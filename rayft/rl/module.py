@@ -13,8 +13,8 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.utils.framework import get_device
 
 from rayft import domain as domains
+from rayft.bench import Bench
 from rayft.chain import Policy, reverse_process
-from rayft.draws import Bench
 
 logger = logging.getLogger(__name__)
 

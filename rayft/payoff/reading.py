@@ -1,0 +1,134 @@
+"""A shard read at one temperature and radius: rows to learn from, and how far they can be trusted.
+
+    anchored:  L = (a |mu - mu_pre|^2 - 2 c (mu - mu_pre)) / (2 sigma_t^2),
+               a = W - B + 1,    c = W (x_w - mu_pre) - B (x_b - mu_pre),
+
+x_w, W the candidates folded with their weights and x_b, B with their base weights alone: in expectation the last two
+cancel against mu_pre, and with them the noise of a policy that the reward tells nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rayft.chain import Chains, Process
+from rayft.payoff.ball import base_log_weight, relative, shell_of
+from rayft.payoff.bank import PART, Shard
+from rayft.payoff.pairs import Aim, place
+from rayft.payoff.weight import Normalise, Running, bin_of, candidate_weight, effective_size, fold
+from rayft.space import Space
+
+
+@dataclass(frozen=True)
+class View:
+    """How candidates are read: all of it can be changed without paying for a reward again."""
+
+    temperature: float
+    radius: float
+    normalise: Normalise
+    timestep_weight: Literal["vlb", "simple"]
+    anchor: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Rows for the learner, with what a person wants to know of them."""
+
+    chains: Chains
+    weight: np.ndarray  # [row, cand]
+    rewards: np.ndarray  # [row, cand]
+    parts: dict[str, np.ndarray]
+    effective: dict[int, float]  # bin of timesteps -> effective sample size
+    silent: list[int]  # timesteps at which every candidate failed
+
+
+def cut(shard: Shard, rows: slice, process: Process, space: Space, aim: Aim) -> dict[str, np.ndarray]:
+    """Some rows of a shard as plain arrays, with x_t and the centre of the candidates from the seed."""
+    context = {k: torch.from_numpy(np.array(v)) for k, v in shard.context.items()}
+    x_0, t = torch.from_numpy(np.array(shard.x_0)), torch.from_numpy(shard.t.astype(np.int64))
+    x_t, centre = place(process, space, x_0, t, context, shard.seed, aim.centre)
+    dim = np.broadcast_to(np.asarray(space.dim(x_0, context), dtype=np.float64), (shard.num_pairs,))
+    found = {"x_t": x_t.numpy(), "centre": centre.numpy(), "t": t.numpy(), "dim": dim, "mean_ref": shard.mean_ref}
+    found |= {"eps_star": shard.eps_star, "rewards": shard.rewards}
+    found |= {} if shard.start is None else {"start": shard.start}
+    found |= {f"context/{k}": v for k, v in shard.context.items()} | {PART + k: v for k, v in shard.parts.items()}
+    return {k: v[rows] for k, v in found.items()}
+
+
+def read(
+    pieces: Sequence[dict[str, np.ndarray]], view: View, aim: Aim, process: Process, running: Running | None = None
+) -> Reading:
+    """Rows at a temperature and radius, normalised over all pieces together."""
+    rows = {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
+    t, rewards = rows["t"], rows["rewards"]
+    candidates = rows["centre"][:, None] + rows["eps_star"]
+    base = _base(rows, view, aim, process)
+    weight = _weight(rows, base, view, aim, process, running)
+    x_w, total = fold(candidates, weight)
+    factor = np.ones(len(t))
+    if view.timestep_weight == "simple":
+        factor = (2 * process.sigma**2 / process.eps_gain**2).numpy()[t]
+    dtype, mean_ref = x_w.dtype, rows["mean_ref"]
+    columns = {"mean_ref": mean_ref}
+    if view.anchor:
+        x_b, level = (rows["centre"], np.ones(len(t))) if base is None else fold(candidates, np.exp(base))
+        shift = _times(total, x_w - mean_ref) - _times(level, x_b - mean_ref)
+        columns |= {"weight": factor * (total - level + 1), "shift": _times(factor, shift), "factor": factor}
+    else:
+        columns |= {"weight": factor * total, "factor": factor}
+    columns = {k: v[None].astype(dtype) for k, v in columns.items()}
+    context = {k.removeprefix("context/"): v for k, v in rows.items() if k.startswith("context/")}
+    chains = Chains(np.stack([x_w, rows["x_t"]]), t[None], context, columns)
+    dead = ~np.isfinite(rewards).any(axis=1)
+    silent = sorted(set(t[dead].tolist()) - set(t[~dead].tolist()))
+    effective = effective_size(weight, bin_of(t, process.num_steps))
+    parts = {k.removeprefix(PART): v for k, v in rows.items() if k.startswith(PART)}
+    return Reading(chains, weight, rewards, parts, effective, silent)
+
+
+def _base(rows: dict[str, np.ndarray], view: View, aim: Aim, process: Process) -> np.ndarray | None:
+    """log base weights at this radius; ``None`` for candidates whose density is unknown."""
+    if aim.sampler != "importance":
+        return None
+    lengths = np.sqrt(np.square(rows["eps_star"], dtype=np.float64).reshape(*rows["rewards"].shape, -1).sum(-1))
+    unit = unit_length(aim, process, rows["t"], rows["dim"])
+    edges = relative(aim.radii, aim.radius_unit)
+    d = float(relative([view.radius], aim.radius_unit)[0])
+    reach = lengths / np.maximum(unit, 1e-300)[:, None]
+    return base_log_weight(reach, shell_of(aim.num_candidates, len(aim.radii)), edges, d, rows["dim"])
+
+
+def unit_length(aim: Aim, process: Process, t: np.ndarray, dim: np.ndarray) -> np.ndarray:
+    """The length that 1 of ``relative`` stands for, row by row."""
+    sigma = process.sigma.numpy()[t].astype(np.float64)
+    if aim.radius_unit == "absolute":
+        return np.ones(len(t))
+    return sigma * (np.sqrt(dim) if aim.radius_unit == "sigma" else np.sqrt(2 / process.num_steps))
+
+
+def _weight(
+    rows: dict[str, np.ndarray],
+    base: np.ndarray | None,
+    view: View,
+    aim: Aim,
+    process: Process,
+    running: Running | None,
+) -> np.ndarray:
+    """Of candidates, by their rewards; where those are draws already, of pairs, by what their search began with."""
+    told = (view.temperature, view.normalise)
+    if base is not None:
+        return candidate_weight(rows["rewards"], rows["t"], *told, base, running, process.num_steps)
+    alive = np.isfinite(rows["rewards"]).astype(np.float64)
+    if "start" not in rows or view.normalise == "candidates":
+        return alive
+    by_pair = candidate_weight(rows["start"], rows["t"], *told, 0.0, running, process.num_steps)
+    return alive * by_pair.mean(axis=1, keepdims=True)
+
+
+def _times(scale: np.ndarray, arrays: np.ndarray) -> np.ndarray:
+    return scale.reshape(-1, *[1] * (arrays.ndim - 1)) * arrays
