@@ -48,7 +48,13 @@ class PayoffActor:
 
     def __init__(self, make: bytes, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self.source: Source = cloudpickle.loads(make)()
+        self.packed, self.made = make, None
+
+    @property
+    def source(self) -> Source:
+        """Built when it is first asked: of an exception in ``__init__`` Ray only says that the actor died."""
+        self.made = self.made or cloudpickle.loads(self.packed)()
+        return self.made
 
     def begin(self, number: int) -> Question:
         """As ``Source.begin``."""
