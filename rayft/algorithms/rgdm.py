@@ -211,9 +211,9 @@ class RGDM(DiffusionRL):
     def _warn(self, reading: Reading) -> None:
         """Refuses a temperature and radius that a bank's draws say too little about."""
         told = self.settings
-        if told.bank is None or self.aim.sampler != "importance":
+        pairs = told.bank_pairs or told.chains * (self.horizon or 0)
+        if told.bank is None or self.aim.sampler != "importance" or not pairs:
             return
-        pairs = told.bank_pairs or told.chains * (self.horizon or 1)
         steps = self.env_runner.module.process.num_steps
         worst = min(reading.effective, key=lambda label: reading.effective[label])
         size = reading.effective[worst] * max(1.0, pairs / told.chains)
