@@ -18,6 +18,7 @@ the reward, whatever its weight; a part of weight 0 is called all the same, so t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -73,17 +74,17 @@ class Clip:
 
     __pydantic_config__ = STRICT
 
-    low: Number | None = None
-    high: Number | None = None
+    low: Number = -math.inf
+    high: Number = math.inf
 
     def __post_init__(self) -> None:
-        if self.low is None and self.high is None:
+        if (self.low, self.high) == (-math.inf, math.inf):
             raise ValueError("clip has no bound; give low, high or both")
-        if self.low is not None and self.high is not None and self.low > self.high:
+        if self.low > self.high:
             raise ValueError(f"low is {self.low:g}, above high, which is {self.high:g}")
 
     def __call__(self, v: np.ndarray, fit: Sequence[float]) -> np.ndarray:
-        return np.clip(v, -np.inf if self.low is None else self.low, np.inf if self.high is None else self.high)
+        return np.clip(v, self.low, self.high)
 
 
 @dataclass(frozen=True)

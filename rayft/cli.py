@@ -52,6 +52,8 @@ def run(told: argparse.Namespace) -> int:
         if folder is None:
             raise ValueError("nothing to run: give a YAML, a Python file with a spec, or the name of a shipped config")
         spec = specs.open_folder(folder)
+    if spec.search is not None:
+        raise ValueError(f"{spec.name} has a search: block: start it with `rayft tune`, or take the block out")
     if told.dry_run:
         from rayft.plan import plan
 
@@ -115,22 +117,62 @@ def _reachable(address: str | None) -> None:
             raise ValueError(f"{why}; start one with `ray start --head`, or leave --address out") from None
 
 
-def _start_ray(address: str | None, spec: Any) -> None:
+def _join_ray(address: str | None) -> None:
     import logging
 
     import ray
-
-    from rayft.plan import shortage
 
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not ray.is_initialized():
         ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+
+
+def _start_ray(address: str | None, spec: Any) -> None:
+    import ray
+
+    from rayft.plan import shortage
+
+    _join_ray(address)
     lacking = shortage(spec, ray.cluster_resources())
     if lacking and address is None:
         raise ValueError(f"{lacking}; lower resources or scoring.actors, or join a larger cluster with --address")
     if lacking:
         print(f"{lacking}: the run waits until there is more", file=sys.stderr)
+
+
+def tune(told: argparse.Namespace) -> int:
+    """Search hyper-parameters as FILE's search: block says."""
+    from rayft import board, display, loop, search, sweep
+    from rayft import tune as tuning
+
+    spec, folder = tuning.asked(told.file, told.overrides, told.resume)
+    if told.dry_run:
+        print(tuning.plan(spec))
+        return 0
+    found = search.read(spec)
+    spec.tried()
+    _reachable(told.address)
+    _join_ray(told.address)
+    tuning.concurrency(spec, found)
+    fresh = folder is None
+    folder = loop.create_folder(spec) if folder is None else folder
+    view = board.choose(told.quiet)
+    run = tuning.Sweep(spec, found, folder, view)
+    try:
+        outcomes = run.execute(resume=not fresh)
+    finally:
+        view.close()
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    display.show(board.ranking(outcomes, f"{found.objective}, the best first"))
+    print(sweep.cost_line(run.calls, run.seconds, len(outcomes)))
+    if run.interrupted:
+        print(f"saved; continue with: rayft tune --resume {folder}", file=sys.stderr)
+        return 130
+    if sweep.winner(outcomes) is None:
+        raise ValueError(sweep.failure(outcomes))
+    print(f"best: {folder / 'best'}, and as a run of its own: rayft run {folder / 'best.yaml'}")
+    return 0
 
 
 def evaluate(told: argparse.Namespace) -> int:
@@ -211,10 +253,13 @@ def export(told: argparse.Namespace) -> int:
 
 
 def report(told: argparse.Namespace) -> int:
-    """Write a run's report again from its files."""
+    """Write the report of a run or a sweep again from its files."""
     from rayft import report as reports
-    from rayft import spec
+    from rayft import spec, sweep_page
 
+    if (Path(told.run) / "sweep.json").is_file():
+        print(sweep_page.write(Path(told.run)))
+        return 0
     config = spec.open_folder(Path(told.run)).checked()
     print(reports.write(Path(told.run), config.build_domain(), config.evaluation_alpha()))
     return 0
@@ -295,6 +340,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue RUN, or the newest of this name")
     sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
     sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
+    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
+    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
+
+    sub = add(tune)
+    sub.add_argument("file", nargs="?", help="a run's YAML with a `search:` block, or a shipped config")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example search.trials=8")
+    sub.add_argument("--resume", nargs="?", const=True, metavar="SWEEP", help="continue SWEEP, or the newest so named")
+    sub.add_argument("--dry-run", action="store_true", help="print the checked search and what it needs; start nothing")
     sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
     sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
 

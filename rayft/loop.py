@@ -162,24 +162,11 @@ class Run:
 
     def row(self, result: Mapping[str, Any], seconds: float) -> dict[str, float]:
         """One line of the table from RLlib's nested result."""
-        learner = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
-        flat = {
-            k: result[k]
-            for k in ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl", "stale")
-            if k in result
-        }
-        flat |= {k: v for k, v in result.items() if k.startswith(("advantage", "effective", "guard_", "part/"))}
-        counts, verdict = self.algo.counts, self.algo.verdict
         row = {
             "iteration": self.algo.iteration,
             "time_s": time.monotonic() - self.started,
-            **flat,
-            "reward_calls": counts["reward_calls"],
-            "cache_hits": counts["cache_hits"],
-            "chains": counts["chains"],
+            **columns(self.algo, result),
             "chains_per_s": self.algo.settings.chains / max(seconds, 1e-9),
-            **{f"learner/{k}": v for k, v in learner.items() if not k.endswith("trainable_parameters")},
-            **({} if verdict is None else {f"evaluate/{k}": v for k, v in verdict.scalars().items()}),
         }
         return {k: float(v) for k, v in row.items() if _number(v)}
 
@@ -210,23 +197,8 @@ class Run:
 
     def checkpoint(self, row: Mapping[str, float] = MappingProxyType({})) -> store.Checkpoint:
         """A whole checkpoint; the best so far is marked where this iteration was evaluated."""
-        algo = self.algo
-        told = self.spec.full()
-        card = {
-            "iteration": algo.iteration,
-            "algorithm": told["algorithm"],
-            "domain": told["domain"],
-            "reward": told["reward"],
-            "chain": told["chain"],
-            "recipe": algo.rewards.recipe.state(),
-            "alpha_bar": algo.env_runner.module.process.schedule.alpha_bar.tolist(),
-            "config": told,
-        }
-        weights = {"weights": algo.policy_state("denoiser")}
-        if algo.settings.ema:
-            weights["ema"] = algo.policy_state("ema")
-        folder = self.folder / "checkpoints" / f"iteration_{algo.iteration:06d}"
-        saved = store.save(folder, weights, card, lambda path: algo.save_to_path(str(path.resolve())))
+        folder = self.folder / "checkpoints" / f"iteration_{self.algo.iteration:06d}"
+        saved = save(self.spec, self.algo, folder)
         if (score := score_of(row)) is not None:
             leader = self.folder / "checkpoints" / "best.json"
             if not leader.is_file() or score > json.loads(leader.read_text())["score"]:
@@ -311,6 +283,38 @@ def create_folder(spec: RunSpec) -> Path:
             raise ValueError(f"cannot write to {root} ({error.strerror}); choose another with output=FOLDER") from None
     store.write_text(folder / "config.yaml", yaml.safe_dump(spec.full(), sort_keys=False))
     return folder
+
+
+def columns(algo: Any, result: Mapping[str, Any]) -> dict[str, Any]:
+    """RLlib's nested result as the flat columns that tables and guards know."""
+    learner = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
+    named = ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl", "stale")
+    flat = {k: result[k] for k in named if k in result}
+    flat |= {k: v for k, v in result.items() if k.startswith(("advantage", "effective", "guard_", "part/"))}
+    flat |= {k: algo.counts[k] for k in ("reward_calls", "cache_hits", "chains")}
+    flat |= {f"learner/{k}": v for k, v in learner.items() if not k.endswith("trainable_parameters")}
+    verdict = {} if algo.verdict is None else algo.verdict.scalars()
+    return {**flat, **{f"evaluate/{k}": v for k, v in verdict.items()}}
+
+
+def save(spec: RunSpec, algo: Any, folder: Path, **more: Any) -> store.Checkpoint:
+    """A whole checkpoint in ``folder``; ``more`` goes on its card."""
+    told = spec.full()
+    card = {
+        "iteration": algo.iteration,
+        "algorithm": told["algorithm"],
+        "domain": told["domain"],
+        "reward": told["reward"],
+        "chain": told["chain"],
+        "recipe": algo.rewards.recipe.state(),
+        "alpha_bar": algo.env_runner.module.process.schedule.alpha_bar.tolist(),
+        "config": told,
+        **more,
+    }
+    weights = {"weights": algo.policy_state("denoiser")}
+    if algo.settings.ema:
+        weights["ema"] = algo.policy_state("ema")
+    return store.save(folder, weights, card, lambda path: algo.save_to_path(str(path.resolve())))
 
 
 def score_of(row: Mapping[str, float]) -> float | None:

@@ -1,7 +1,7 @@
 """One self-contained HTML page per run, from its files alone: what was reached, at what price, and what to beware of.
 
 ``readout`` makes the numbers, this file the text, report.html lays them out and draws. Nothing here stops a run: what
-is missing is said on the page. A user's text passes through ``_safe`` or, into the script, through ``_json``.
+is missing is said on the page. A user's text passes through ``safe`` or, into the script, through ``to_json``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ NUM_LISTED = 8  # reasons, slowest samples, and about as many failed ones
 
 def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
     """Writes ``run/report.html`` and returns its path. ``domain`` draws the samples, ``alpha`` prices J and J*."""
-    from plotly.offline import get_plotlyjs
-
     found = readout.read(run, alpha)
     drawn = {"frontier": readout.frontier, "curves": readout.curves, "histogram": readout.histogram}
     drawn["picture"] = lambda found: _picture(found, domain)
@@ -50,17 +48,27 @@ def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
     text = {name: found.attempt(f"The {name}", lambda make=make: make(found), "") for name, make in TEXT.items()}
     shown = {**data, "costs": text["costs"], "missing": found.missing}
     told = {
-        "title": _safe(found.run.get("name", run.name)),
+        "title": safe(found.run.get("name", run.name)),
         "head": found.attempt("The head", lambda: _head(found), ""),
-        "missing": "".join(f"<p>{_safe(sentence)}</p>" for sentence in dict.fromkeys(found.missing)),
-        "plotly": get_plotlyjs(),
-        "data": _json(data),
+        "missing": "".join(f"<p>{safe(sentence)}</p>" for sentence in dict.fromkeys(found.missing)),
+        "data": to_json(data),
         **text,
         **{f"has_{name}": "" if value else "hidden" for name, value in shown.items()},
     }
-    frame, temporary = Path(__file__).with_name("report.html").read_text("utf-8"), run / ".report.html.tmp"
-    temporary.write_text(Template(frame).substitute(told), "utf-8", errors="replace")
-    return temporary.replace(run / "report.html")
+    return lay_out("report.html", told, run)
+
+
+def lay_out(frame: str, told: Mapping[str, str], folder: Path) -> Path:
+    """Writes ``folder/report.html`` in one piece: a frame of this package, style and script, and what it is told."""
+    from plotly.offline import get_plotlyjs
+
+    def own(name: str) -> str:
+        return Path(__file__).with_name(name).read_text("utf-8")
+
+    page = {"style": own("page.css"), "script": own("page.js"), "plotly": get_plotlyjs(), **told}
+    temporary = folder / ".report.html.tmp"
+    temporary.write_text(Template(own(frame)).substitute(page), "utf-8", errors="replace")
+    return temporary.replace(folder / "report.html")
 
 
 def _picture(found: Found, domain: Domain | None) -> dict[str, Any] | None:
@@ -107,16 +115,16 @@ def _head(found: Found) -> str:
         said = f"{said} {bound}{replace(share, note='')}"
         price = f"KL {found.reached[max(found.reached)][0]:.2f} nats{paid}"
         text = f'<p class="verdict">{said if known else "No share"} <span>{of}, {price}.</span></p>'
-        text += "".join(f'<p class="soft">{_safe(note[:1].upper() + note[1:])}.</p>' for note in notes if note)
+        text += "".join(f'<p class="soft">{safe(note[:1].upper() + note[1:])}.</p>' for note in notes if note)
         if known:
             ends = (f"--{k}:{100 * min(max(getattr(share, k), 0), 1):.1f}%" for k in ("value", "low", "high"))
             text += f'<div class="gauge" style="{";".join(ends)}"><i></i><b></b></div>'
             text += '<div class="scale"><span>pretrained</span><span>attainable</span></div>'
     warn = "" if status in ("finished", "running") else " warn"
-    top = "".join(f"<span>{_safe(fact)}</span>" for fact in facts if fact)
+    top = "".join(f"<span>{safe(fact)}</span>" for fact in facts if fact)
     return (
-        f'<header class="top"><h1>{_safe(run.get("name", found.path.name))}</h1>'
-        f'<span class="badge{warn}">{_safe(status)}</span>{top}</header>{text}'
+        f'<header class="top"><h1>{safe(run.get("name", found.path.name))}</h1>'
+        f'<span class="badge{warn}">{safe(status)}</span>{top}</header>{text}'
     )
 
 
@@ -150,7 +158,7 @@ def _table(found: Found) -> str:
     heads = [("before", "pretrained"), ("run", "fine-tuned"), ("best", "optimum p*")][:last]
     head = "".join(f'<th><span class="dot {colour}"></span>{name}</th>' for colour, name in heads)
     body = "".join(
-        f"<tr><th>{_safe(name)}<small>{what}</small></th>"
+        f"<tr><th>{safe(name)}<small>{what}</small></th>"
         f"{''.join(f'<td>{_cell(cell)}</td>' for cell in cells[:last])}</tr>"
         for name, what, *cells in rows
     )
@@ -165,7 +173,7 @@ def _watched(found: Found) -> str:
     """What moved against the reward. A person must say which way is better: the page cannot know."""
     said, rise, fell = _flat(found, "watch/"), readout.optimised(found), readout.against(found)
     for name, fall in fell.items():
-        name = f"<code>{_safe(name)}</code>"
+        name = f"<code>{safe(name)}</code>"
         said += (
             f'<p class="against"><b>{name} fell while the reward rose</b>: {name} by {_moved(fall)}, the reward by '
             f"{_moved(rise)}. If more of {name} is better, this is reward hacking.</p>"
@@ -183,7 +191,7 @@ def _parted(found: Found) -> str:
 def _flat(found: Found, prefix: str) -> str:
     names = (readout.together(found, prefix) or {"flat": []})["flat"]
     why = "is not drawn: its scores do not differ among the samples of the pretrained model."
-    return "".join(f'<p class="soft">{_safe(name)} {why}</p>' for name in names)
+    return "".join(f'<p class="soft">{safe(name)} {why}</p>' for name in names)
 
 
 def _moved(told: Means) -> str:
@@ -200,14 +208,14 @@ def _costs(found: Found) -> str:
     whole, body = found.attempt("The run's time", lambda: readout.elapsed(found), None), ""
     for use, by in purposes.items():
         gone = f"<small>{by['undecodable']:,} undecodable</small>" if by["undecodable"] else ""
-        first = f"<th rowspan={max(1, len(by['parts']))}>{_safe(use)}<small>{PURPOSES.get(use, '')}</small>{gone}</th>"
+        first = f"<th rowspan={max(1, len(by['parts']))}>{safe(use)}<small>{PURPOSES.get(use, '')}</small>{gone}</th>"
         for part, told in by["parts"].items() or [("", None)]:
             cells = ["-"] * 7 if told is None else _cost(told, whole)
-            body += f"<tr>{first}<td>{_safe(part)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+            body += f"<tr>{first}<td>{safe(part)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
             first = ""
     names = ("for", "reward", "calls", "cache hits", "duplicates", "failed", "seconds a sample", "in all", "of the run")
     head = "".join(f"<th>{name}</th>" for name in names)
-    lasted = f" The run took {_seconds(whole)}; what is scored in parallel may add up to more." if whole else ""
+    lasted = f" The run took {in_units(whole)}; what is scored in parallel may add up to more." if whole else ""
     return (
         f'<p class="soft">{found.meter["total_calls"]:,} calls were paid. Seconds a sample: half of the samples took '
         f"no longer than the first number, 95% and 99% no longer than the others.{lasted}</p>"
@@ -218,13 +226,13 @@ def _costs(found: Found) -> str:
 
 def _cost(told: Mapping[str, Any], whole: float | None) -> list[str]:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in told["failures"].items())
-    times = " ".join(f"<span>{_seconds(told['seconds'][q])}</span>" for q in ("p50", "p95", "p99"))
+    times = " ".join(f"<span>{in_units(told['seconds'][q])}</span>" for q in ("p50", "p95", "p99"))
     total = told["seconds"]["total"]
     return [
         *(f"{told[name]:,}" for name in ("calls", "hits", "duplicates")),
-        f"{told['failed']:,}<small>{_safe(kinds)}</small>" if told["failed"] else "0",
+        f"{told['failed']:,}<small>{safe(kinds)}</small>" if told["failed"] else "0",
         times if told["seconds"]["p50"] is not None else "-",
-        _seconds(total),
+        in_units(total),
         f"{total / whole:.1%}" if whole else "-",
     ]
 
@@ -237,7 +245,7 @@ def _trouble(tallies: list[tuple[str, str, Mapping[str, Any]]]) -> str:
             reasons.setdefault((part, one["reason"]), [0, one["label"]])[0] += one["count"]
     common = sorted(((count, *key, label) for key, (count, label) in reasons.items()), key=lambda row: -row[0])
     slow = [(one["seconds"], part, use, one["label"]) for use, part, told in tallies for one in told["slowest"]]
-    slow = [(_seconds(row[0]), *row[1:]) for row in sorted(slow, key=lambda row: -row[0])[:NUM_LISTED]]
+    slow = [(in_units(row[0]), *row[1:]) for row in sorted(slow, key=lambda row: -row[0])[:NUM_LISTED]]
     ends = [(part, use, told["last_failed"][::-1]) for use, part, told in tallies if told["last_failed"]]
     each = math.ceil(NUM_LISTED / max(1, len(ends)))
     failed = [(one["label"], part, use, one["reason"]) for part, use, last in ends for one in last[:each]]
@@ -257,7 +265,7 @@ def _trouble(tallies: list[tuple[str, str, Mapping[str, Any]]]) -> str:
 
 def _listed(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table class=listed><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -266,8 +274,8 @@ def _guards(found: Found) -> str:
     for event in found.events:
         spoken.setdefault((event.get("guard", ""), event.get("message", "")), []).append(event.get("iteration", "?"))
     said = "".join(
-        f'<li>{_safe(text)} <span class="soft">({_safe(guard)}, iteration {_safe(at[0])}'
-        f"{f' and {len(at) - 1} more, the last {_safe(at[-1])}' if len(at) > 1 else ''})</span></li>"
+        f'<li>{safe(text)} <span class="soft">({safe(guard)}, iteration {safe(at[0])}'
+        f"{f' and {len(at) - 1} more, the last {safe(at[-1])}' if len(at) > 1 else ''})</span></li>"
         for (guard, text), at in spoken.items()
     )
     return f"<ul>{said}</ul>" if said else '<p class="soft">No guard spoke.</p>'
@@ -287,9 +295,9 @@ def _settings(found: Found) -> str:
         for key, value in values.items():
             mark = "set" if key in usual and usual[key] != value else ""
             shown = "none" if value is None else value
-            cells = f"<code>{_safe(key)}</code>", f"<code>{_safe(shown)}</code>", _safe(said.get(key, ""))
+            cells = f"<code>{safe(key)}</code>", f"<code>{safe(shown)}</code>", safe(said.get(key, ""))
             lines += f'<tr class="{mark}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-        text += f"<tbody><tr><th colspan=3>{_safe(section)}</th></tr>{lines}</tbody>" if lines else ""
+        text += f"<tbody><tr><th colspan=3>{safe(section)}</th></tr>{lines}</tbody>" if lines else ""
     return f"<table class=settings>{text}</table>" if text else '<p class="soft">There is no config.yaml.</p>'
 
 
@@ -304,8 +312,8 @@ def _again(found: Found) -> str:
     }
     keys = ("seed", "threads", "machine", "versions", "started", "finished", "status")
     flat = {k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v := run.get(k), Mapping) else v for k in keys}
-    told = "".join(f"<tr><td><code>{k}</code></td><td>{_safe(v)}</td></tr>" for k, v in flat.items() if v is not None)
-    calls = (f'<p class="soft">{name}:</p><pre>{_safe(call)}</pre>' for name, call in lines.items() if call != "''")
+    told = "".join(f"<tr><td><code>{k}</code></td><td>{safe(v)}</td></tr>" for k, v in flat.items() if v is not None)
+    calls = (f'<p class="soft">{name}:</p><pre>{safe(call)}</pre>' for name, call in lines.items() if call != "''")
     return f"{''.join(calls)}<table class=settings>{told}</table>"
 
 
@@ -321,7 +329,7 @@ def _beware(found: Found) -> str:
         "A policy with Gaussian steps need not be able to reach 1."
     )
     notes.append("Intervals are over the samples of this one run. They do not speak for another seed.")
-    return f"<ul>{''.join(f'<li>{_safe(note)}</li>' for note in notes)}</ul>"
+    return f"<ul>{''.join(f'<li>{safe(note)}</li>' for note in notes)}</ul>"
 
 
 SAID = (_table, _watched, _parted, _costs, _guards, _settings, _again, _beware)
@@ -334,7 +342,7 @@ def _cell(value: Estimate | float) -> str:
     if not isinstance(value, Estimate):
         return f"<b>{value:.4g}</b>"
     number, _, interval = str(replace(value, note="")).partition(" ")
-    why = f'<small class="why">{_safe(value.note)}</small>' if value.note else ""
+    why = f'<small class="why">{safe(value.note)}</small>' if value.note else ""
     if math.isnan(value.value):
         return why
     number = "0" if value.value == 0 else number
@@ -346,7 +354,7 @@ def _named(found: Found, key: str) -> str:
     return str(value.get("name", "?") if isinstance(value, Mapping) else value)
 
 
-def _seconds(seconds: float | None) -> str:
+def in_units(seconds: float | None) -> str:
     """With the unit in which a person would say it."""
     if not seconds:
         return "-" if seconds is None else "0 s"
@@ -356,10 +364,10 @@ def _seconds(seconds: float | None) -> str:
     return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
 
 
-def _safe(value: Any) -> str:
+def safe(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
     """For a script element: NaN and Infinity are words there, and no tag can end the element."""
     return json.dumps(value).replace("<", "\\u003c")

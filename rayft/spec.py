@@ -96,6 +96,7 @@ class RunSpec(BaseModel):
     resources: ResourceSettings = ResourceSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     track: TrackSettings = TrackSettings()
+    search: dict[str, Any] | None = None
     output: str = "runs"
 
     def config(self) -> DiffusionConfig:
@@ -146,7 +147,7 @@ class RunSpec(BaseModel):
     def full(self) -> dict[str, Any]:
         """Every key with its value in force, defaults included, as plain YAML types."""
         config = self.checked()
-        told = self.model_dump()
+        told = self.model_dump(exclude=None if self.search else {"search"})
         told["training"] = dataclasses.asdict(config.settings())
         for section in SECTIONS:
             told[section] = dataclasses.asdict(config.section(section))
@@ -174,7 +175,7 @@ def algorithm(name: str) -> type[DiffusionConfig]:
 def known_algorithms() -> list[str]:
     """The files of rayft/algorithms, by name."""
     names = [module.name for module in pkgutil.iter_modules(algorithms.__path__)]
-    return sorted(name for name in names if name not in ("base", "config"))
+    return sorted(name for name in names if name not in ("base", "chains", "config"))
 
 
 def read(file: str | None, overrides: Sequence[str] = ()) -> RunSpec:
@@ -272,18 +273,23 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             value = _rooted(yaml.safe_load(text), Path.cwd())
         except yaml.YAMLError:
             raise ValueError(f"the value of {key} is not YAML: {text!r}; quote it") from None
-        *path, last = key.split(".")
-        node = tree
-        for number, part in enumerate(path):
-            inner = node.get(part)
-            if inner is None or (number == 0 and part in ("domain", "reward") and not isinstance(inner, Mapping)):
-                inner = {} if inner is None else {"name": inner}
-            if not isinstance(inner, Mapping):
-                raise ValueError(f"{key}: {'.'.join(path[: number + 1])} is {inner!r}, not a mapping")
-            node[part] = dict(inner)
-            node = node[part]
-        node[last] = value
+        put(tree, key, value)
     return tree
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """``tree[a][b] = value`` for the key ``a.b``; inner mappings are copied, so other trees stay as they are."""
+    *path, last = key.split(".")
+    node = tree
+    for number, part in enumerate(path):
+        inner = node.get(part)
+        if inner is None or (number == 0 and part in ("domain", "reward") and not isinstance(inner, Mapping)):
+            inner = {} if inner is None else {"name": inner}
+        if not isinstance(inner, Mapping):
+            raise ValueError(f"{key}: {'.'.join(path[: number + 1])} is {inner!r}, not a mapping")
+        node[part] = dict(inner)
+        node = node[part]
+    node[last] = value
 
 
 def _rooted(value: Any, root: Path) -> Any:

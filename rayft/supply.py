@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,8 +71,7 @@ class Supply:
         self.make, self.service, self.bank, self.terms = make, service, bank, terms
         self.coming: dict[int, Future[Shard]] = {}  # number -> being made, or made and waiting (without a bank)
         self.paid: list[Scores] = []
-        self.held: Shard | None = None  # the one that was taken last: iterations may be shorter than shards
-        self.waited = 0.0  # seconds in which the learner had nothing to learn from
+        self.held: tuple[int, Shard] | None = None  # the one that was taken last: iterations may be shorter than shards
         self.last: int | None = None  # position after which nothing will be asked for
         self.lock, self.local = threading.Lock(), None
         self.idle: Queue[Any] = Queue()
@@ -105,9 +103,9 @@ class Supply:
 
     def take(self, position: int) -> Shard:
         """The shard at this position; those after it are begun. Waits for it where it must."""
-        number, before = self.number_at(position), time.perf_counter()
-        if self.held is not None and self.held.number == number:
-            return self.held
+        number = self.number_at(position)
+        if self.held is not None and self.held[0] == number:
+            return self.held[1]
         ahead = position + self.terms.lead if self.terms.actors else position
         for later in range(position, ahead + 1):
             if self.last is None or later < self.last or later == position:
@@ -115,8 +113,7 @@ class Supply:
         kept = self.terms.num_shards is not None and self.bank is None
         future = self.coming[number] if kept else self.coming.pop(number)
         shard = future.result()
-        self.waited += time.perf_counter() - before
-        self.held = shard
+        self.held = (number, shard)
         return shard
 
     def drain(self) -> list[Scores]:

@@ -176,7 +176,7 @@ def bring(folder: Path, address: str) -> Any:
         if way == "function":
             return f"{folder}/rewards.py:{'together' if together else 'letters'}", {}
         if way == "http":
-            return "http", {"url": f"{address}/a/{mode}", "retries": 0, "timeout": 1, "groupwise": together, **more}
+            return "http", {"url": f"{address}/a/{mode}", "retries": 0, "timeout": 0.5, "groupwise": together, **more}
         script = [NODE, str(folder / "score.js")] if way == "node" else [sys.executable, str(folder / "score.py")]
         return "command", {"run": [*script, "a", mode], "groupwise": together, **more}
 
@@ -254,12 +254,12 @@ def test_a_groupwise_reward_fails_as_one(bring):
     ("way", "mode", "said"),
     [
         ("command", "dies", "ended with exit code 1; its stderr: no such fruit"),
-        ("command", "closes", "closed its pipe and ran on"),
+        pytest.param("command", "closes", "closed its pipe and ran on", marks=pytest.mark.slow),
         ("command", "rubbish", "answered what is not JSON: \"{'id': fruit\""),
         ("command", "late", "when asked"),
         ("http", "status500", "/a/status500 answered with status 500 Internal Server Error (1 attempts)"),
         ("http", "half", '/a/half gave half an answer with status 200: \'{"scores": [1'),
-        ("http", "never", "/a/never gave no whole answer within 1 s"),
+        ("http", "never", "/a/never gave no whole answer within 0.5 s"),
         ("http", "rubbish", "/a/rubbish answered what is not JSON: '<p>"),
         ("http", "redirect", "/a/redirect answered with status 302 Found and redirects to http://elsewhere.example/"),
     ],

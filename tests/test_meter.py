@@ -283,6 +283,3 @@ def test_prometheus_finds_the_numbers_at_the_metrics_port():
     assert value("rayft_reward_failures_total", kind="timed out") == 2
     assert value("rayft_reward_seconds_count") == 100
     assert value("rayft_reward_seconds_sum") == pytest.approx(2.0)
-
-
-# -- the budget

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from rayft.payoff.ball import radius_at, uniform_shell
-from rayft.payoff.weight import candidate_weight, fold
 from scipy.special import ive
 from scipy.stats import kstest
 
 from rayft.chain import reverse_process
+from rayft.payoff.ball import radius_at, uniform_shell
+from rayft.payoff.weight import candidate_weight, fold
 from rayft.schedule import linear, polynomial
 from rayft.space import FullSpace, MaskedSpace, squared_norm
 

@@ -76,11 +76,11 @@ def made(b, told, num_pairs, reward=quadratic, seed=0, number=0):
             return said
 
 
-def reading(b, shard, told, running=None, **view):
+def reading(b, shard, told, **view):
     process = b.reference.process
     full = {"temperature": 0.5, "radius": 1.0, "normalise": "batch", "timestep_weight": "vlb", "anchor": False, **view}
     rows = cut(shard, slice(None), process, b.domain.space, told)
-    return read([rows], View(**full), told, process, running)
+    return read([rows], View(**full), told, process, Running())
 
 
 def loss_and_gradient(b, shard, told, found, theta):

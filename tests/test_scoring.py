@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import yaml
 from rayft.algorithms.config import DiffusionConfig
 from rayft.cli import main
 from rayft.reward import Reward
+from rayft.rewards.service import RewardService
 from rayft.spec import algorithm, parse
 from rayft.table import Table
 
@@ -70,6 +68,22 @@ def small(**changed: Any) -> DiffusionConfig:
     return parse(tree).checked()
 
 
+@pytest.fixture
+def serve(ray_session) -> Iterator[Callable[[DiffusionConfig], RewardService]]:
+    """Makes what scores for a run, without the run."""
+    made: list[RewardService] = []
+
+    def service(config: DiffusionConfig) -> RewardService:
+        world, told = config.build_domain(), config.section("scoring")
+        made.append(RewardService(config.recipe(world), world.decoder, world.canonical, world.rewards, told))
+        made[-1].start()
+        return made[-1]
+
+    yield service
+    for one in made:
+        one.stop()
+
+
 def run(tmp_path: Path, *overrides: str, name: str = "one", **changed: Any) -> tuple[int, Path]:
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **changed}))
     code = main(["run", str(tmp_path / f"{name}.yaml"), f"output={tmp_path / 'runs'}", "--quiet", *overrides])
@@ -78,6 +92,18 @@ def run(tmp_path: Path, *overrides: str, name: str = "one", **changed: Any) -> t
 
 def rows(folder: Path) -> list[dict[str, float]]:
     return Table(folder / "metrics.csv").rows
+
+
+POINTS = np.random.default_rng(0).normal(size=(64, 2))
+
+
+@pytest.fixture(scope="module")
+def plain(ray_session, tmp_path_factory) -> Path:
+    """The folder of a run that wrote down its scores."""
+    folder = tmp_path_factory.mktemp("plain")
+    code, made = run(folder, f"scoring.cache={folder / 'scores.sqlite'}")
+    assert code == 0
+    return made
 
 
 # -- several rewards as one
@@ -95,32 +121,28 @@ def test_parts_are_weighted_logged_on_their_own_and_the_same_for_every_purpose(r
     algo.stop()
 
 
-def test_an_expensive_part_is_called_only_where_the_cheap_one_lets_it_through(ray_session, file):
+def test_an_expensive_part_is_called_only_where_the_cheap_one_lets_it_through(serve, file):
     parts = {
         "right": {"name": f"{file}:right", "weight": 0.0},
         "up": {"name": f"{file}:up", "only_if": {"right": 0.5}, "otherwise": -1.0},
     }
-    algo = small(reward={"name": "combine", "aggregate": "sum", "parts": parts}).build_algo()
-    draw = algo.collect("train", algo.draw_function(), 64)
-    scores = algo.score(draw)
-    passed = draw.events[:, 0] >= 0.5
+    service = serve(small(reward={"name": "combine", "aggregate": "sum", "parts": parts}))
+    scores = service.score(POINTS, {}, "train", iteration=0)
+    passed = POINTS[:, 0] >= 0.5
     assert 0 < passed.sum() < 64
     assert scores.num_calls == 64 + passed.sum()
-    np.testing.assert_allclose(scores.rewards, np.where(passed, draw.events[:, 1], -1.0), rtol=1e-6)
-    algo.stop()
+    np.testing.assert_allclose(scores.rewards, np.where(passed, POINTS[:, 1], -1.0), rtol=1e-6)
 
 
-def test_a_curriculum_moves_the_training_reward_and_never_the_evaluated_one(ray_session, file):
+def test_a_curriculum_moves_the_training_reward_and_never_the_evaluated_one(serve, file):
     parts = {"right": {"name": f"{file}:right", "weight": {0: 0.0, 2: 1.0}}, "up": {"name": f"{file}:up"}}
-    algo = small(reward={"name": "combine", "aggregate": "sum", "parts": parts}).build_algo()
-    draw = algo.collect("train", algo.draw_function(), 64)
-    early = algo.rewards.score(draw.events, {}, "train", iteration=0).rewards
-    middle = algo.rewards.score(draw.events, {}, "train", iteration=1).rewards
-    final = algo.rewards.score(draw.events, {}, "evaluate").rewards
-    np.testing.assert_allclose(early, draw.events[:, 1], rtol=1e-6)
-    np.testing.assert_allclose(middle, draw.events @ [0.5, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(final, draw.events.sum(1), rtol=1e-6)
-    algo.stop()
+    service = serve(small(reward={"name": "combine", "aggregate": "sum", "parts": parts}))
+    early = service.score(POINTS, {}, "train", iteration=0).rewards
+    middle = service.score(POINTS, {}, "train", iteration=1).rewards
+    final = service.score(POINTS, {}, "evaluate").rewards
+    np.testing.assert_allclose(early, POINTS[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(middle, POINTS @ [0.5, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(final, POINTS.sum(1), rtol=1e-6)
 
 
 def test_a_z_score_is_of_the_pretrained_samples_and_survives_a_checkpoint(ray_session, file, tmp_path):
@@ -155,16 +177,13 @@ def test_numbers_that_a_reward_returns_beside_its_scores_are_logged_and_kept_by_
 # -- samples it fails on
 
 
-def test_failed_samples_are_dropped_or_have_the_floor_and_are_counted_either_way(ray_session, file):
-    for told in ({}, {"on_failure": "floor", "floor": -7.0}):
-        algo = small(reward=f"{file}:fails_on_the_left", scoring={"max_failed": 1.0, **told}).build_algo()
-        draw = algo.collect("train", algo.draw_function(), 64)
-        scores, left = algo.score(draw), draw.events[:, 0] < 0
-        assert scores.num_failed == left.sum() > 0
-        assert (scores.rewards[left] == -7.0).all() if told else np.isnan(scores.rewards[left]).all()
-        np.testing.assert_allclose(scores.rewards[~left], draw.events[~left, 0], rtol=1e-6)
-        assert np.isfinite(algo.train()["learners"]["default_policy"]["total_loss"])
-        algo.stop()
+@pytest.mark.parametrize("told", [{}, {"on_failure": "floor", "floor": -7.0}], ids=["drop", "floor"])
+def test_failed_samples_are_dropped_or_have_the_floor_and_are_counted_either_way(serve, file, told):
+    service = serve(small(reward=f"{file}:fails_on_the_left", scoring={"max_failed": 1.0, **told}))
+    scores, left = service.score(POINTS, {}), POINTS[:, 0] < 0
+    assert scores.num_failed == left.sum() > 0
+    assert (scores.rewards[left] == -7.0).all() if told else np.isnan(scores.rewards[left]).all()
+    np.testing.assert_allclose(scores.rewards[~left], POINTS[~left, 0], rtol=1e-6)
 
 
 def test_too_many_failures_stop_the_run_with_their_reasons(ray_session, file, tmp_path, capfd):
@@ -183,35 +202,31 @@ def test_a_user_is_told_what_failed_and_why(ray_session, file, tmp_path, capfd):
     told = json.loads((folder / "rewards.json").read_text())
     assert "RuntimeError: left of zero" in json.dumps(told)
     assert sum(row["reward_failed"] for row in rows(folder)) > 0
+    assert np.isfinite([row["learner/total_loss"] for row in rows(folder)]).all()
 
 
 # -- what is paid
 
 
-def test_a_second_run_with_the_cache_pays_nothing(ray_session, tmp_path):
-    calls = []
-    for name in ("first", "second"):
-        code, folder = run(tmp_path, f"scoring.cache={tmp_path / 'scores.sqlite'}", name=name)
-        assert code == 0
-        calls.append([row["reward_calls"] for row in rows(folder)])
-        left = (folder / "evaluations" / "pretrained.npz", [row["reward_mean"] for row in rows(folder)])
-    assert calls[0] == [256 + 64, 256 + 128, 256 + 192 + 64]
-    assert calls[1] == [0, 0, 0]
-    with sqlite3.connect(tmp_path / "scores.sqlite") as file:
+def test_a_second_run_with_the_cache_pays_nothing(plain, tmp_path):
+    scores = plain.parents[1] / "scores.sqlite"
+    code, folder = run(tmp_path, f"scoring.cache={scores}", name="second")
+    assert code == 0
+    assert [row["reward_calls"] for row in rows(plain)] == [256 + 64, 256 + 128, 256 + 192 + 64]
+    assert [row["reward_calls"] for row in rows(folder)] == [0, 0, 0]
+    assert [row["reward_mean"] for row in rows(folder)] == [row["reward_mean"] for row in rows(plain)]
+    with sqlite3.connect(scores) as file:
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    first = [row["reward_mean"] for row in rows(tmp_path / "runs" / "first")]
-    assert left[1] == first
 
 
-def test_equal_samples_of_one_call_are_paid_once(ray_session, file):
-    algo = small(reward=f"{file}:right", scoring={"cache": "memory"}).build_algo()
+def test_equal_samples_of_one_call_are_paid_once(serve, file):
+    service = serve(small(reward=f"{file}:right", scoring={"cache": "memory"}))
     events = np.repeat(np.arange(8.0).reshape(4, 2), 5, axis=0)
-    scores = algo.rewards.score(events, {})
+    scores = service.score(events, {})
     assert scores.num_calls == 4
     assert scores.num_hits == 16
     assert scores.rewards.tolist() == events[:, 0].tolist()
-    assert algo.rewards.score(events, {}).num_calls == 0
-    algo.stop()
+    assert service.score(events, {}).num_calls == 0
 
 
 def test_the_budget_of_calls_ends_a_run_cleanly_before_it_is_overdrawn(ray_session, tmp_path, capfd):
@@ -230,15 +245,14 @@ def test_the_budget_of_calls_ends_a_run_cleanly_before_it_is_overdrawn(ray_sessi
 # -- held-out rewards
 
 
-def test_watched_rewards_are_told_before_and_after_and_never_optimised(ray_session, file, tmp_path):
+def test_watched_rewards_are_told_before_and_after_and_never_optimised(plain, file, tmp_path):
     code, folder = run(tmp_path, "evaluate.every=1", watch={"height": f"{file}:up"})
     assert code == 0
     last = rows(folder)[-1]
     assert np.isfinite([last["evaluate/watch/height"], last["evaluate/watch/height_pretrained"]]).all()
     kept = np.load(folder / "evaluations" / "pretrained.npz")
     np.testing.assert_allclose(kept["watch/height"], kept["x_0"][:, 1], rtol=1e-6)
-    alone = run(tmp_path, "evaluate.every=1", name="two")[1]
-    assert [row["reward_mean"] for row in rows(alone)] == [row["reward_mean"] for row in rows(folder)]
+    assert [row["reward_mean"] for row in rows(plain)] == [row["reward_mean"] for row in rows(folder)]
 
 
 # -- drawing while scoring
@@ -277,118 +291,14 @@ class Spread(Reward):
         return np.linalg.norm(np.stack(samples) - np.mean(samples, axis=0), axis=1)
 
 
-def test_a_groupwise_reward_sees_the_whole_batch_and_refuses_pieces_of_it(ray_session):
-    algo = small().reward(Spread, actors=2).build_algo()
-    draw = algo.collect("train", algo.draw_function(), 64)
-    expected = np.linalg.norm(draw.events - draw.events.mean(axis=0), axis=1)
-    np.testing.assert_allclose(algo.score(draw).rewards, expected, rtol=1e-5)
-    algo.stop()
+def test_a_groupwise_reward_sees_the_whole_batch_and_refuses_pieces_of_it(serve):
+    expected = np.linalg.norm(POINTS - POINTS.mean(axis=0), axis=1)
+    scores = serve(small().reward(Spread, actors=2)).score(POINTS, {}, "train")
+    np.testing.assert_allclose(scores.rewards, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="would show it only a piece"):
         small().reward(Spread).scoring(micro_batches=2).validate()
-
-
-# -- rayft score
-
-
-def test_score_says_that_a_reward_is_learnable_and_what_a_run_would_pay(ray_session, tmp_path, capsys):
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(SMALL))
-    assert main(["score", str(tmp_path / "one.yaml"), "--num", "200", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["learnable"]
-    assert told["samples"] == told["calls"] == 200
-    assert told["cost"]["calls"] == 3 * 64 + 64 + 256
-    assert told["std"] > 0.1
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("return [1.0 for _ in samples]", "all 256 scores are equal (1): there is nothing to learn from"),
-        ("return [float(x[0] > 1.72) for x in samples]", "one and the same score"),
-        ("return [None if x[0] < 0.5 else 1.0 * x[0] for x in samples]", "the reward fails on"),
-    ],
-)
-def test_score_says_why_a_reward_is_not_learnable(ray_session, tmp_path, capsys, body, said):
-    (tmp_path / "mine.py").write_text(f"def f(samples):\n    {body}\n")
-    asked = ["score", "256", "--reward", f"{tmp_path}/mine.py:f", "scoring.max_failed=1", "scoring.timeout=5"]
-    assert main(asked) == 0
-    assert said in capsys.readouterr().out
-
-
-def test_score_reads_a_file_of_samples(ray_session, tmp_path, capsys):
-    (tmp_path / "words.smi").write_text("CC first\nCCC second\nC third\n")
-    (tmp_path / "mine.py").write_text("def length(samples):\n    return [len(x) for x in samples]\n")
-    asked = ["score", str(tmp_path / "words.smi"), "--reward", f"{tmp_path}/mine.py:length", "--json"]
-    assert main(asked) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["samples"], told["mean"], told["min"], told["max"]) == (3, 2.0, 1.0, 3.0)
 
 
 def test_algorithms_that_pay_for_payoffs_are_metered_as_such(ray_session):
     for name, purpose in (("rgdm", "payoff"), ("ppo", "train")):
         assert algorithm(name)().algo_class.pays_for == purpose
-
-
-CLASS = """
-class Right:
-    def __init__(self, times=1.0):
-        self.times = times
-
-    def __call__(self, samples):
-        return [self.times * float(x[0]) for x in samples]
-"""
-FUNCTION = """
-def right(samples, conditions, metadata):
-    assert len(samples) == len(conditions) == len(metadata)
-    return [2 * float(x[0]) for x in samples], {"up": [float(x[1]) for x in samples]}
-"""
-PROGRAM = """
-import json, sys
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    print(json.dumps({"id": asked["id"], "scores": [2 * x[0] for x in asked["samples"]]}), flush=True)
-"""
-
-
-class Service(BaseHTTPRequestHandler):
-    """Scores by POST."""
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        body = json.dumps({"scores": [2 * x[0] for x in asked["samples"]]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *told: Any) -> None:
-        """Nothing."""
-
-
-@pytest.fixture
-def brought(tmp_path: Path) -> Iterator[dict[str, list[str]]]:
-    """Way -> how the command line names the same reward, brought that way from outside the project."""
-    for name, text in (("of_class", CLASS), ("of_function", FUNCTION), ("program", PROGRAM)):
-        (tmp_path / f"{name}.py").write_text(text)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {
-        "class": ["--reward", f"{tmp_path}/of_class.py:Right", "reward.times=2"],
-        "function": ["--reward", f"{tmp_path}/of_function.py:right"],
-        "command": ["--reward", "command", f"reward.run=[{sys.executable}, {tmp_path}/program.py]"],
-        "http": ["--reward", "http", f"reward.url=http://127.0.0.1:{server.server_port}/score"],
-    }
-    server.shutdown()
-
-
-@pytest.mark.parametrize("way", ["class", "function", "command", "http"])
-def test_score_takes_a_reward_brought_in_each_of_the_four_ways(brought, tmp_path, capsys, monkeypatch, way):
-    np.save(tmp_path / "points.npy", np.array([[1.0, 2.0], [-3.0, 0.0], [0.5, 0.5]]))
-    monkeypatch.chdir(tmp_path)
-    assert main(["score", str(tmp_path / "points.npy"), *brought[way], "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["samples"], told["failed"], told["min"], told["max"]) == (3, 0, -6.0, 2.0)
-    assert main(["score", "40", *brought[way], "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["samples"], told["failed"], told["learnable"]) == (40, 0, True)

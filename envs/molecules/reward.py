@@ -173,15 +173,25 @@ class MoleculeReward(Reward):
         return None if found is None or not math.isfinite(found) else float(found)
 
 
-class QED(MoleculeReward):
-    """Drug-likeness in 0..1 (Bickerton et al. 2012): weighted geometric mean of eight desirabilities, mean weights."""
+class Descriptor(MoleculeReward):
+    """A number that one function of RDKit gives."""
+
+    function: tuple[str, str]
+    """Module and name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qed = need("rdkit.Chem.QED", "molecules").qed
+        module, name = self.function
+        self.calculate = getattr(need(module, "molecules"), name)
 
     def score(self, mol: Mol) -> float:
-        return self.qed(mol)
+        return self.calculate(mol)
+
+
+class QED(Descriptor):
+    """Drug-likeness in 0..1 (Bickerton et al. 2012): weighted geometric mean of eight desirabilities, mean weights."""
+
+    function = "rdkit.Chem.QED", "qed"
 
 
 class SA(MoleculeReward):
@@ -218,26 +228,16 @@ def _sascorer() -> Any:
     return module
 
 
-class LogP(MoleculeReward):
+class LogP(Descriptor):
     """Octanol-water log P (Wildman and Crippen 1999), the raw number."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.logp = need("rdkit.Chem.Crippen", "molecules").MolLogP
-
-    def score(self, mol: Mol) -> float:
-        return self.logp(mol)
+    function = "rdkit.Chem.Crippen", "MolLogP"
 
 
-class Weight(MoleculeReward):
+class Weight(Descriptor):
     """Average molecular weight in g/mol, hydrogens included, the raw number."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = need("rdkit.Chem.Descriptors", "molecules").MolWt
-
-    def score(self, mol: Mol) -> float:
-        return self.weight(mol)
+    function = "rdkit.Chem.Descriptors", "MolWt"
 
 
 class Lipinski(MoleculeReward):

@@ -1,9 +1,8 @@
-"""The iteration every algorithm shares: draw, score, credit, learn, sync. Blind to which algorithm it runs.
+"""The iteration every algorithm shares: gain experience, learn, sync. Blind to which algorithm it runs.
 
-draw    transitions and the events they wait for      (runners; each algorithm names its draw)
-score   events -> rewards                             (reward actors; NaN = failed)
-credit  rewards -> one number per transition          (here, over the whole batch, before it is sharded)
-learn   minibatches -> weights                        (learners)
+experience  transitions with a number for each        (each algorithm's own: chains, or a pay-off bank)
+learn       minibatches -> weights                    (learners)
+sync        weights -> runners                        (where experience is the policy's own)
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODUL
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
-    ENV_RUNNER_SAMPLING_TIMER,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
@@ -53,14 +51,6 @@ class Credit:
     logged: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A piece of a draw and the scores it waits for."""
-
-    draw: Draw
-    scores: Future[Scores]
-
-
 def spoken(rewards: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
     """What is told of a batch's rewards: mean, spread, and each part where there are several."""
     return {
@@ -79,7 +69,7 @@ def open_service(config: Any, domain: Domain) -> RewardService:
 
 
 class DiffusionRL(Algorithm):
-    """Base of PPO, RWMLE, RGDM. A subclass names its draw and turns rewards into credit."""
+    """Base of every algorithm. A subclass says what it learns from."""
 
     config: Any  # DiffusionConfig; RLlib's own annotations are Optional until setup() has run
     env_runner: Any
@@ -88,13 +78,9 @@ class DiffusionRL(Algorithm):
     pays_for = "train"  # what its training scores are metered as
     rolls_out = True  # learns from its own policy's chains, so that runners need its weights after every update
 
-    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        """Transitions with the columns that the learner's ``row_loss`` reads, unless ``experience`` is its own."""
-        raise NotImplementedError
-
-    def draw_function(self) -> DrawFunction:
-        """What one iteration draws; whole chains of the policy unless an algorithm says otherwise."""
-        return draw_current
+    @abstractmethod
+    def experience(self) -> tuple[Credit, dict[str, float]]:
+        """What this iteration learns from, and what is told of it."""
 
     # -- life
 
@@ -108,7 +94,6 @@ class DiffusionRL(Algorithm):
         self.pretrained: Samples | None = None
         self.verdict: Verdict | None = None
         self.counts = {"reward_calls": 0, "cache_hits": 0, "failed": 0, "chains": 0}
-        self.ahead: list[Scored] | None = None  # with staleness, the next iteration, drawn and being scored
         self.horizon: int | None = None  # the last iteration, where somebody knows it
 
     def cleanup(self) -> None:
@@ -135,32 +120,7 @@ class DiffusionRL(Algorithm):
         if every and (self.iteration + 1) % every == 0:
             self.evaluate_policy()
 
-    # -- the four acts
-
-    def experience(self) -> tuple[Credit, dict[str, float]]:
-        """What this iteration learns from, and what is told of it: chains of the policy, scored and credited."""
-        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            pieces = self.ahead or self.draw_scored(self.iteration)
-            last = self.horizon is not None and self.iteration + 1 >= self.horizon
-            self.ahead = self.draw_scored(self.iteration + 1) if self.scoring.staleness and not last else None
-        with self.metrics.log_time((TIMERS, "score")):
-            draw, scores = join([piece.draw for piece in pieces]), self.settled([piece.scores for piece in pieces])
-        with self.metrics.log_time((TIMERS, "credit")):
-            credit = self.credit(draw, scores.rewards)
-        kl = draw.chains.columns.get("kl")
-        told = {"undecodable": float(scores.undecodable.mean()), "reward_failed": float(scores.num_failed)}
-        told |= {} if kl is None else {"kl": float(kl.sum(0).mean())}
-        return credit, told | spoken(scores.rewards, scores.parts)
-
-    def draw_scored(self, iteration: int) -> list[Scored]:
-        """An iteration's draw in pieces, each being scored while the next is drawn."""
-        told = ("train", self.draw_function(), self.settings.chains)
-        num_pieces = self.scoring.micro_batches
-        scored = []
-        for piece in range(num_pieces):
-            draw = self.collect(*told, iteration=iteration, piece=(piece, num_pieces))
-            scored.append(Scored(draw, self.rewards.submit(draw.events, draw.context, self.pays_for, iteration)))
-        return scored
+    # -- the acts
 
     def collect(
         self,
@@ -286,7 +246,7 @@ class DiffusionRL(Algorithm):
         self.set_policy(self.policy_state("reference"))
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        told = {"pretrained": self.pretrained, "counts": self.counts, "stale": self.ahead is not None}
+        told = {"pretrained": self.pretrained, "counts": self.counts}
         told |= {"recipe": self.rewards.recipe.state(), "meter": self.rewards.meter.state()}
         return {**super().get_state(*args, **kwargs), "rayft": told}
 
@@ -294,13 +254,12 @@ class DiffusionRL(Algorithm):
         super().set_state(state, *args, **kwargs)
         if "rayft" in state:
             told = state["rayft"]
-            self.pretrained, self.counts, self.ahead = told["pretrained"], dict(told["counts"]), None
+            self.pretrained, self.counts = told["pretrained"], dict(told["counts"])
             self.rewards.recipe = self.rewards.recipe.with_state(told["recipe"])
             self.rewards.meter.load_state(told["meter"])
 
     def _log(self, told: dict[str, float]) -> None:
         values = {
-            "stale": float(self.scoring.staleness),
             **told,
             **{f"{k}_lifetime": float(v) for k, v in self.counts.items()},
         }

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from rayft import credit, losses
-from rayft.algorithms.base import Credit, DiffusionRL
+from rayft.algorithms.base import Credit
+from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.draws import Draw
 from rayft.rl.learner import DiffusionLearner
@@ -47,7 +48,7 @@ class PPOLearner(DiffusionLearner):
         return loss, {"clipped": clipped, "ratio": ratio, "policy_loss": surrogate}
 
 
-class PPO(DiffusionRL):
+class PPO(ChainRL):
     """T Alg. 1 on RLlib."""
 
     @classmethod

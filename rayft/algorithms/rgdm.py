@@ -9,6 +9,9 @@ shards, kept in a bank where one is named, and read at any temperature, and at a
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,7 @@ from rayft.payoff.pairs import Aim, Centre, RewardAt, SamplerName
 from rayft.payoff.reading import Reading, View, cut, read
 from rayft.payoff.sampler import questions
 from rayft.payoff.source import Source
-from rayft.payoff.weight import Normalise, Running, name_of
+from rayft.payoff.weight import NUM_BINS, Normalise, Running, bin_of, name_of
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.module import DTYPES
 from rayft.settings import Count, CountOrZero, NonNegative, Positive
@@ -106,6 +109,8 @@ class RGDMSettings(Settings):
 class RGDMLearner(DiffusionLearner):
     """Weighted cross-entropy to the folded candidates, anchored or plain."""
 
+    probe_every = 8  # the target does not move with the policy, so an update goes astray slowly
+
     def row_loss(self, rows: dict[str, Tensor], out: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         kl = losses.transition_kl(out["mean"], rows["mean_ref"], out["sigma"])
         if self.config.anchor:
@@ -130,9 +135,12 @@ class RGDM(DiffusionRL):
         shards = None if told.bank_pairs is None else -(-told.bank_pairs // self.shard_pairs)
         terms = Terms(told.payoff_actors, told.payoff_lead, shards, seed)
         self.supply = Supply(self.source(), self.rewards, bank, terms)
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="rayft-reader")
+        self.next: tuple[int, Future[Reading]] | None = None  # the next iteration's, where that costs nothing
 
     def cleanup(self) -> None:
         if hasattr(self, "supply"):
+            self.reader.shutdown(wait=False, cancel_futures=True)
             self.supply.close()
         super().cleanup()
 
@@ -177,9 +185,14 @@ class RGDM(DiffusionRL):
     # -- one iteration
 
     def experience(self) -> tuple[Credit, dict[str, float]]:
-        before = self.supply.waited
+        before, (number, coming) = time.perf_counter(), self.next or (-1, None)
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            reading = self.reading()
+            ready = coming is not None and number == self.iteration
+            reading = coming.result() if ready and coming else self.reading(self.iteration, self.running)
+        self.waited, self.running, self.next = time.perf_counter() - before, reading.running, None
+        over = self.horizon is not None and self.iteration + 1 >= self.horizon
+        if not over and (self.settings.payoff_actors or not self.events_ahead(self.iteration + 1)):
+            self.next = self.iteration + 1, self.reader.submit(self.reading, self.iteration + 1, self.running)
         for scores in self.supply.drain():
             self.count(scores)
         self._warn(reading)
@@ -187,17 +200,17 @@ class RGDM(DiffusionRL):
         told = {
             "reward_failed": float(failed.sum()),
             "effective_share": credit.effective_share(reading.weight.ravel()),
-            "waited_s": self.supply.waited - before,
+            "waited_s": self.waited,
             "silent_timesteps": float(len(reading.silent)),
         }
         steps = self.env_runner.module.process.num_steps
         told |= {f"effective/{name_of(label, steps)}": size for label, size in reading.effective.items()}
         return Credit(reading.chains), told | spoken(reading.rewards, reading.parts)
 
-    def reading(self) -> Reading:
-        """This iteration's pairs, from one shard or several."""
+    def reading(self, iteration: int, running: Running) -> Reading:
+        """An iteration's pairs, from one shard or several."""
         process, num = self.env_runner.module.process, self.settings.chains
-        pieces, position = [], self.iteration * num
+        pieces, position = [], iteration * num
         if self.horizon is not None:
             self.supply.last = -(-self.horizon * num // self.shard_pairs)
         while num:
@@ -206,7 +219,7 @@ class RGDM(DiffusionRL):
             rows = slice(offset, offset + count)
             pieces.append(cut(self.supply.take(place), rows, process, self.domain.space, self.aim))
             position, num = position + count, num - count
-        return read(pieces, self.settings.view(), self.aim, process, self.running)
+        return read(pieces, self.settings.view(), self.aim, process, running)
 
     def _warn(self, reading: Reading) -> None:
         """Refuses a temperature and radius that a bank's draws say too little about."""
@@ -215,8 +228,10 @@ class RGDM(DiffusionRL):
         if told.bank is None or self.aim.sampler != "importance" or not pairs:
             return
         steps = self.env_runner.module.process.num_steps
-        worst = min(reading.effective, key=lambda label: reading.effective[label])
-        size = reading.effective[worst] * max(1.0, pairs / told.chains)
+        seen = Counter(bin_of(reading.chains.t[0], steps).tolist())
+        worth = {label: size / seen[label] for label, size in reading.effective.items()}  # of one pair
+        worst = min(worth, key=lambda label: worth[label])
+        size = worth[worst] * pairs / min(NUM_BINS, steps)
         if size < MIN_EFFECTIVE:
             raise ValueError(
                 f"at temperature {told.temperature:g} and radius {told.radius:g} the bank's candidates for "
@@ -224,9 +239,9 @@ class RGDM(DiffusionRL):
                 "raise the temperature, choose a radius nearer to one of training.radii, or make a larger bank"
             )
 
-    def events_ahead(self) -> int:
-        """Of the shards that the next iteration needs and nobody has."""
-        start = self.iteration * self.settings.chains
+    def events_ahead(self, iteration: int | None = None) -> int:
+        """Of the shards that an iteration needs and nobody has."""
+        start = (self.iteration if iteration is None else iteration) * self.settings.chains
         first, last = start // self.shard_pairs, -(-(start + self.settings.chains) // self.shard_pairs)
         return self.supply.missing(first, last) * self.shard_pairs * questions(self.aim)
 
@@ -237,7 +252,7 @@ class RGDM(DiffusionRL):
     def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().set_state(state, *args, **kwargs)
         if "payoff" in state:
-            self.running = Running(*map(dict, state["payoff"]))
+            self.running, self.next = Running(*map(dict, state["payoff"])), None
 
 
 def make_source(
@@ -290,6 +305,13 @@ class RGDMConfig(DiffusionConfig):
             )
         if told.radius == 0 and told.sampler != "importance":
             raise ValueError(f"training.radius is 0, where {told.sampler} has nowhere to search; use importance")
+        scoring = self.section("scoring")
+        if scoring.micro_batches > 1 or scoring.staleness:
+            key = "staleness" if scoring.staleness else "micro_batches"
+            raise ValueError(
+                f"scoring.{key} is for algorithms that roll out their policy; rgdm draws ahead with "
+                "training.payoff_actors and training.payoff_lead"
+            )
         if told.sampler == "gradient":
             self._check_differentiable()
         super().validate()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rayft import credit, losses
-from rayft.algorithms.base import Credit, DiffusionRL
+from rayft.algorithms.base import Credit
+from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.draws import Draw, DrawFunction, draw_pretrained, draw_roll_in
 from rayft.rl.learner import DiffusionLearner
@@ -45,7 +46,7 @@ class RWMLELearner(DiffusionLearner):
         return loss, {"kl_rows": losses.transition_kl(out["mean"], rows["mean_ref"], out["sigma"])}
 
 
-class RWMLE(DiffusionRL):
+class RWMLE(ChainRL):
     """T Alg. 3 on RLlib."""
 
     @classmethod

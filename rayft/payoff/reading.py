@@ -45,6 +45,7 @@ class Reading:
     parts: dict[str, np.ndarray]
     effective: dict[int, float]  # bin of timesteps -> effective sample size
     silent: list[int]  # timesteps at which every candidate failed
+    running: Running  # means of the weights, these rows included
 
 
 def cut(shard: Shard, rows: slice, process: Process, space: Space, aim: Aim) -> dict[str, np.ndarray]:
@@ -61,24 +62,29 @@ def cut(shard: Shard, rows: slice, process: Process, space: Space, aim: Aim) -> 
 
 
 def read(
-    pieces: Sequence[dict[str, np.ndarray]], view: View, aim: Aim, process: Process, running: Running | None = None
+    pieces: Sequence[dict[str, np.ndarray]],
+    view: View,
+    aim: Aim,
+    process: Process,
+    running: Running,
 ) -> Reading:
     """Rows at a temperature and radius, normalised over all pieces together."""
     rows = {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
     t, rewards = rows["t"], rows["rewards"]
-    candidates = rows["centre"][:, None] + rows["eps_star"]
+    shift, running = rows["eps_star"], running.copy()
     base = _base(rows, view, aim, process)
     weight = _weight(rows, base, view, aim, process, running)
-    x_w, total = fold(candidates, weight)
+    towards, total = fold(shift, weight)
+    x_w = rows["centre"] + towards
     factor = np.ones(len(t))
     if view.timestep_weight == "simple":
         factor = (2 * process.sigma**2 / process.eps_gain**2).numpy()[t]
     dtype, mean_ref = x_w.dtype, rows["mean_ref"]
     columns = {"mean_ref": mean_ref}
     if view.anchor:
-        x_b, level = (rows["centre"], np.ones(len(t))) if base is None else fold(candidates, np.exp(base))
-        shift = _times(total, x_w - mean_ref) - _times(level, x_b - mean_ref)
-        columns |= {"weight": factor * (total - level + 1), "shift": _times(factor, shift), "factor": factor}
+        around, level = (0.0, np.ones(len(t))) if base is None else fold(shift, np.exp(base))
+        pull = _times(total, x_w - mean_ref) - _times(level, rows["centre"] + around - mean_ref)
+        columns |= {"weight": factor * (total - level + 1), "shift": _times(factor, pull), "factor": factor}
     else:
         columns |= {"weight": factor * total, "factor": factor}
     columns = {k: v[None].astype(dtype) for k, v in columns.items()}
@@ -88,14 +94,17 @@ def read(
     silent = sorted(set(t[dead].tolist()) - set(t[~dead].tolist()))
     effective = effective_size(weight, bin_of(t, process.num_steps))
     parts = {k.removeprefix(PART): v for k, v in rows.items() if k.startswith(PART)}
-    return Reading(chains, weight, rewards, parts, effective, silent)
+    return Reading(chains, weight, rewards, parts, effective, silent, running)
 
 
 def _base(rows: dict[str, np.ndarray], view: View, aim: Aim, process: Process) -> np.ndarray | None:
     """log base weights at this radius; ``None`` for candidates whose density is unknown."""
     if aim.sampler != "importance":
         return None
-    lengths = np.sqrt(np.square(rows["eps_star"], dtype=np.float64).reshape(*rows["rewards"].shape, -1).sum(-1))
+    if aim.radii == (view.radius,):
+        return np.zeros(rows["rewards"].shape)  # one shell: the ball itself
+    flat = rows["eps_star"].reshape(*rows["rewards"].shape, -1)
+    lengths = np.sqrt(np.einsum("rkd,rkd->rk", flat, flat))
     unit = unit_length(aim, process, rows["t"], rows["dim"])
     edges = relative(aim.radii, aim.radius_unit)
     d = float(relative([view.radius], aim.radius_unit)[0])
@@ -117,7 +126,7 @@ def _weight(
     view: View,
     aim: Aim,
     process: Process,
-    running: Running | None,
+    running: Running,
 ) -> np.ndarray:
     """Of candidates, by their rewards; where those are draws already, of pairs, by what their search began with."""
     told = (view.temperature, view.normalise)

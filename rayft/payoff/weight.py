@@ -24,6 +24,10 @@ class Running:
     log_sum: dict[int, float] = field(default_factory=dict)
     count: dict[int, int] = field(default_factory=dict)
 
+    def copy(self) -> Running:
+        """One that goes on by itself."""
+        return Running(dict(self.log_sum), dict(self.count))
+
     def add(self, bins: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
         """The log mean of each row's bin, these rows included; the value of an empty bin is 0."""
         for label in np.unique(bins):
@@ -91,8 +95,8 @@ def fold(
     """(x_prev, w): the weighted mean candidate and the mean weight of each row."""
     total = weight.sum(axis=1, keepdims=True)
     share = np.where(total > 0, weight / np.maximum(total, 1e-300), 1 / weight.shape[1])
-    mean = np.einsum("rk,rk...->r...", share, candidates)
-    return mean.astype(candidates.dtype), total[:, 0] / weight.shape[1]
+    mean = np.einsum("rk,rk...->r...", share.astype(candidates.dtype), candidates)
+    return mean, total[:, 0] / weight.shape[1]
 
 
 def effective_size(weight: Float[np.ndarray, "row cand"], bins: Int[np.ndarray, " row"]) -> dict[int, float]:

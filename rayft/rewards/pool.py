@@ -1,7 +1,7 @@
-"""The reward pool: events are cut into works of about ``target_seconds`` and spread over Ray actors.
+"""The reward pool: events are cut into works of about ``TARGET`` seconds and spread over Ray actors.
 
     rows of a work = seconds / sum over its parts of seconds per sample,
-    seconds = min(target, what is left / (2 actors)),    so that all actors finish together
+    seconds = min(TARGET, what is left / (2 actors)),    so that all actors finish together
 
 Actors, nodes and answers may be lost: what was not answered is sent again, and only the work that was under way is held
 to blame. It falls into pieces that run alone, down to the one sample under which actors die.
@@ -15,7 +15,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
@@ -27,48 +27,29 @@ from rayft import imports, reward
 from rayft.rewards.actor import RewardActor, worker
 from rayft.rewards.book import NOBODY, Job, Pace, Run
 from rayft.rewards.roster import TICK, Roster, Seat, Terms
+from rayft.rewards.settings import Placement
 from rayft.rewards.worker import Limits, Outcome, Worker
 from rayft.score import CALLS_HELD, DECODE, Told
 
 PER_WORK = 0.02  # seconds of work per actor that one sending and answering is worth: about 5 ms of processor each
 HANDING = 0.03  # share of an actor's time that may go into receiving and answering
+TARGET = 0.2  # seconds of one work; more where many actors, or busy processors, make handing it over dear
 SHORTEST, LONGEST, OVER = 0.02, 1.0, 1.2  # seconds of one work; a last row may take it a little over them
+IN_FLIGHT = 2  # works with an actor at a time, so that it need not wait for the driver
 DEEP = 1.5  # works of more seconds do not queue behind others: whoever is idle first takes them
 BACKLOG = 1.0  # seconds of work per actor above which a pool grows
 GRACE = 3.0  # seconds that a work may take beyond its own
+PLACING = 120.0  # seconds in which Ray must find room for one actor at least
+ATTEMPTS = 3  # actors that may die under one sample before it is given up
 STOPPED = "the reward pool was stopped while it was at work"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where rewards are computed, and in what portions."""
-
-    actors: int = 0
-    """Most actors; 0 computes in this process (in a child of it where ``isolate``)."""
-    min_actors: int | None = None
-    """Actors to begin with, and to shrink to; all of them where none is given."""
-    num_cpus: float = 1.0
-    """Logical CPUs each actor reserves."""
-    num_gpus: float = 0.0
-    """GPU fraction each actor reserves; at least what its rewards ask for."""
-    isolate: bool = True
-    """Rewards run in a child of the actor, unless a GPU is reserved for it."""
-    target_seconds: float = 0.2
-    """Work per call; more where handing it over takes a share of it: many actors, or busy processors."""
-    in_flight: int = 2
-    """Works with an actor at a time, so that it need not wait for the driver."""
-    startup_s: float = 120.0
-    """Seconds in which Ray must find room for one actor at least."""
-    attempts: int = 3
-    """Actors that may die under one sample before it is given up."""
 
 
 class RewardPool:
     """Owns the actors of some rewards. One ``run`` at a time, from any thread."""
 
-    def __init__(self, told: Told, limits: Limits, placement: Placement = Placement()) -> None:
+    def __init__(self, told: Told, limits: Limits, placement: Placement) -> None:
         found = [reward.target(part.path, told.short_names) for part in told.parts]
-        gpus = max(placement.num_gpus, sum(float(getattr(one, "num_gpus", 0.0)) for one in found))
+        gpus = placement.num_gpus_per_actor or max(float(getattr(one, "num_gpus", 0.0)) for one in found)
         self.isolate = placement.isolate and not gpus
         if placement.actors or self.isolate:
             parts = tuple(replace(part, path=imports.portable(part.path)) for part in told.parts)
@@ -77,7 +58,7 @@ class RewardPool:
         self.groups = {i for i, one in enumerate(found) if getattr(one, "groupwise", False)}
         self.batches = {i: int(getattr(one, "batch_size", None) or 1) for i, one in enumerate(found)} | {DECODE: 1}
         self.local: Worker | None = None
-        self.roster = self._roster({"CPU": placement.num_cpus, "GPU": gpus})
+        self.roster = self._roster({"CPU": placement.num_cpus_per_actor, "GPU": gpus})
         self.flying: dict[Any, Seat] = {}  # in the order of sending, so that no answer waits long to be heard
         self.pace = Pace()
         self.owners: OrderedDict[int, np.ndarray] = OrderedDict()  # call -> [event] which actor has it decoded
@@ -89,7 +70,7 @@ class RewardPool:
         most, fewest = self.placement.actors, self.placement.min_actors
         building = self.limits.startup + 10 * GRACE  # a worker with a child gives up by itself, before that
         fewest = max(1, most if fewest is None else fewest)
-        terms = Terms(most, fewest, resources, self.placement.startup_s, building, self.placement.attempts)
+        terms = Terms(most, fewest, resources, PLACING, building, ATTEMPTS)
         asked = {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"], "max_restarts": 0, "max_task_retries": 0}
         actor: Any = ray.remote(RewardActor)
         told = (cloudpickle.dumps(self.told), self.limits, self.isolate) if most else ()
@@ -225,7 +206,7 @@ class RewardPool:
 
     def _fill(self, run: Run) -> None:
         """Gives every actor what it may hold, the idle first."""
-        for depth in range(self.placement.in_flight):
+        for depth in range(IN_FLIGHT):
             for seat in self.roster.up:
                 if len(seat.sent) == depth and (run.again or run.piles):
                     job = self._next(run, seat)
@@ -258,7 +239,7 @@ class RewardPool:
             costs += self.pace.seconds[part] * run.asked[part][rows]
         num_up = max(1, len(self.roster.up))
         worth = max(PER_WORK * num_up, self.pace.handing / HANDING)
-        target = min(LONGEST, max(self.placement.target_seconds, worth))
+        target = min(LONGEST, max(TARGET, worth))
         left = float(costs.mean()) * sum(map(len, run.piles.values()))
         share = left / (2 * num_up) if num_up > 1 else left  # the last works are small, so that all end together
         seconds = max(SHORTEST, min(target, share))
@@ -314,7 +295,7 @@ class RewardPool:
     def _blame(self, run: Run, job: Job, late: bool) -> None:
         """Divides a job, at once where rewards share the actor's process; a single sample has several attempts."""
         job.deaths += 1
-        attempts = 1 + self.limits.retries if late and not self.isolate else self.placement.attempts
+        attempts = 1 + self.limits.retries if late and not self.isolate else ATTEMPTS
         pieces = job.pieces() if job.deaths >= attempts or not self.isolate else []
         if pieces:
             self.counts["divided"] += 1

@@ -46,10 +46,6 @@ class Seat:
             ray.get(self.building)
             self.up, self.since = True, time.monotonic()
 
-    def idle(self) -> bool:
-        """Up, with nothing to do."""
-        return self.up and not self.sent
-
     def send(self, job: Job, work: Work) -> Any:
         """Asks; the answer will be found under the reference."""
         ref = self.actor.work.remote(work)

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from rayft.aggregate import Recipe
 from rayft.rewards.cache import SharedCache
 from rayft.rewards.call import Call, Labels
 from rayft.rewards.meter import Meter
-from rayft.rewards.pool import Placement, RewardPool
+from rayft.rewards.pool import RewardPool
 from rayft.rewards.settings import ScoringSettings
 from rayft.rewards.shelf import Entry
 from rayft.rewards.worker import Limits, Outcome
@@ -67,18 +67,6 @@ class RewardService:
         if self.cache is not None:
             self.cache.close()
 
-    def score(
-        self,
-        events: Any,
-        context: Mapping[str, np.ndarray],
-        purpose: str = "score",
-        iteration: int | None = None,
-        watch: bool = False,
-    ) -> Scores:
-        """Rewards of the events. ``iteration`` picks a curriculum's weights (None: the final ones), ``watch`` adds the
-        held-out rewards."""
-        return self.submit(events, context, purpose, iteration, watch).result()
-
     def submit(
         self,
         events: Any,
@@ -87,10 +75,15 @@ class RewardService:
         iteration: int | None = None,
         watch: bool = False,
     ) -> Future[Scores]:
-        """``score`` in the background."""
+        """Rewards of the events. ``iteration`` picks a curriculum's weights (None: the final ones), ``watch`` adds the
+        held-out rewards."""
         metadata = {"purpose": purpose, "iteration": iteration}
         call = Call(next(self.numbers), events, context, purpose, metadata)
         return self.background.submit(self._score, call, iteration, watch)
+
+    def score(self, *asked: Any, **told: Any) -> Scores:
+        """What ``submit`` promises, waited for."""
+        return self.submit(*asked, **told).result()
 
     # -- one call
 
@@ -267,12 +260,5 @@ def _crews(
             identity = reward.identity(part.path, part.arguments, short_names)
             parts.append(Part(part.name, imports.portable(part.path), dict(part.arguments), identity))
         told = Told(tuple(parts), decoder, imports.portable(canonical), dict(short_names))
-        placement = Placement(
-            actors=settings.actors,
-            min_actors=settings.min_actors,
-            num_cpus=settings.num_cpus_per_actor,
-            num_gpus=fraction,
-            isolate=settings.isolate and not fraction,
-        )
-        crews.append(Crew(RewardPool(told, limits, placement), members))
+        crews.append(Crew(RewardPool(told, limits, replace(settings, num_gpus_per_actor=fraction)), members))
     return crews

@@ -7,16 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rayft.rewards.worker import Limits
 from rayft.settings import NUMBER, STRICT, Count, CountOrZero, NonNegative, Positive
 
 FailedShare = Annotated[float, NUMBER, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
-class ScoringSettings:
-    """Where rewards are computed, what they may take, and what becomes of samples they fail on."""
-
-    __pydantic_config__ = STRICT
+class Placement:
+    """Where rewards are computed."""
 
     actors: CountOrZero = 0
     """Reward actors; 0 scores beside the driver, right for rewards that cost microseconds."""
@@ -28,13 +27,21 @@ class ScoringSettings:
     """GPU fraction each reserves; a reward may ask for its own with ``num_gpus``. GPU rewards run without a child."""
     isolate: bool = True
     """Rewards run in a child process, which may crash, hang or leak. Off, only exceptions are survived."""
-    timeout: Positive = 60.0
+
+
+@dataclass(frozen=True)
+class ScoringSettings(Placement):
+    """Where rewards are computed, what they may take, and what becomes of samples they fail on."""
+
+    __pydantic_config__ = STRICT
+
+    timeout: Positive = Limits.timeout
     """Seconds for one sample; what takes longer is stopped and has failed."""
-    startup_timeout: Positive = 300.0
+    startup_timeout: Positive = Limits.startup
     """Seconds to import and build the rewards."""
-    memory_gb: Positive | None = None
+    memory_gb: Positive | None = Limits.memory_gb
     """What scoring may take beyond what building the rewards took; no limit where none is given."""
-    retries: CountOrZero = 0
+    retries: CountOrZero = Limits.retries
     """Further attempts for a sample on which the reward raised, crashed or timed out."""
     on_failure: Literal["drop", "floor"] = "drop"
     """drop: a failed sample enters no statistic and no loss; floor: it counts as ``floor``."""

@@ -17,16 +17,12 @@ from rayft.score import DECODE, Done, Task, Told, Work, Workbench
 
 @dataclass(frozen=True)
 class Limits:
-    """What a reward may take before it is given up on."""
+    """What a reward may take before it is given up on; ``ScoringSettings`` (settings.py) has a sentence for each."""
 
     timeout: float = 60.0
-    """Seconds for one sample (times ``batch_size``, or the size of the group, for those rewards)."""
     startup: float = 300.0
-    """Seconds to import and build the rewards."""
     memory_gb: float | None = None
-    """What scoring may take beyond what building the rewards took; no limit where none is given."""
     retries: int = 0
-    """Further attempts for a sample that raised, crashed or timed out."""
     threads: int = 1
     """Threads for numpy and torch within one process."""
 

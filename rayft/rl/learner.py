@@ -28,7 +28,7 @@ from rayft.rl.module import device_of
 from rayft.seeds import numpy_generator
 from rayft.space import squared_norm
 
-PROBE_ROWS = 512
+PROBE_ROWS = 256
 
 
 @contextlib.contextmanager
@@ -50,6 +50,7 @@ class DiffusionLearner(TorchLearner):
     """Subclasses say what one row costs; everything else is here."""
 
     config: Any
+    probe_every = 4  # minibatches between two looks at how far the update has gone
     _params: dict[Any, Any]
 
     @abstractmethod
@@ -99,14 +100,15 @@ class DiffusionLearner(TorchLearner):
         learners = max(1, self.config.num_learners)
         index = getattr(self, "_learner_index", None) or 0
         probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
-        steps, self.fresh = 0, True
+        steps, whole, self.fresh = 0, num_epochs * (total // size), True
         for epoch in range(num_epochs):
             order = numpy_generator(*address, "shuffle", epoch).permutation(total)
             for start in range(0, total - size + 1, size):
                 mine = order[start : start + size].reshape(learners, -1)[index]
                 yield self._batch(chains, mine)
                 steps, self.fresh = steps + 1, False
-                if self.config.target_kl is not None and steps % probe.every == 0 and probe.kl() > probe.target:
+                due = self.config.target_kl is not None and steps % self.probe_every == 0 and steps < whole
+                if due and probe.kl() > probe.target:
                     break
             else:
                 continue
@@ -174,8 +176,6 @@ class DiffusionLearner(TorchLearner):
 
 class _Probe:
     """A few rows on which the KL from the update's first policy to the present one is measured, in nats a chain."""
-
-    every = 4
 
     def __init__(
         self, learner: DiffusionLearner, chains: Chains, draw: np.random.Generator, learners: int, index: int

@@ -72,9 +72,15 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
         return {"mean": policy.mean(batch["x_t"], batch["t"], context), "sigma": policy.sigma(batch["t"])}
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """mu_theta and the log-prob of x_prev under it; everything differentiable happens here (DDP)."""
+        """mu_theta, and the log-prob of x_prev under it where one from before is to be compared with it.
+
+        Everything differentiable happens here (DDP).
+        """
         policy = self.policies["current"]
         context = {k.removeprefix("context/"): v for k, v in batch.items() if k.startswith("context/")}
         mean = policy.mean(batch["x_t"], batch["t"], context)
         sigma = policy.sigma(batch["t"]).to(mean.dtype)
-        return {"mean": mean, "sigma": sigma, "log_prob": policy.log_prob(batch["x_prev"], mean, batch["t"], context)}
+        out = {"mean": mean, "sigma": sigma}
+        if "log_prob" in batch:
+            out["log_prob"] = policy.log_prob(batch["x_prev"], mean, batch["t"], context)
+        return out

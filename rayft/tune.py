@@ -1,0 +1,306 @@
+"""``rayft tune``: many runs of one YAML, their hyper-parameters drawn by its ``search:`` block, on Ray Tune.
+
+    search -> Tune (who runs, who is stopped) -> Trial (a run) -> rows.jsonl -> tables, best checkpoint, report
+
+A sweep is a folder. What is paid once for all trials lies in it: the samples that price J*, and RGDM's pay-off bank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import yaml
+from ray import tune
+
+from rayft import board, loop, steer, store, sweep, sweep_page
+from rayft import search as searches
+from rayft import spec as specs
+from rayft.search import Search
+from rayft.sweep import Outcome
+from rayft.trial import Told, Trial
+
+ENVIRONMENT = {  # how Tune is told to be quiet, to note the state of trials often, and to leave Ctrl-C to us
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass
+class Sweep:
+    """A sweep and its folder."""
+
+    spec: specs.RunSpec
+    search: Search
+    folder: Path
+    view: board.Board
+    interrupted: bool = False
+    calls: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def execute(self, resume: bool) -> list[Outcome]:
+        """Runs to the end; outcomes, the best first. ``sweep.json`` says how it ended."""
+        before = _spent(self.folder) if resume else 0.0
+        began = time.monotonic()
+        facts = {**loop.facts(self.spec), "trials": self.search.trials, "seconds": before}
+        self.note(status="running", started=loop.now(), command=sys.argv, **facts)
+        try:
+            with self.signals(), _environment():
+                tuner = self.restored() if resume else self.tuner()
+                results = tuner.fit()
+        except BaseException as error:
+            self.note(status=f"failed: {error or type(error).__name__}")
+            raise
+        self.seconds = before + time.monotonic() - began
+        limit = self.search.told.time_limit_s
+        late = limit is not None and time.monotonic() - began >= limit
+        status = "interrupted" if self.interrupted else f"stopped after {limit:g} s" if late else "finished"
+        self.note(status=status, finished=loop.now(), seconds=self.seconds)
+        return self.finish(results)
+
+    # -- what Tune is told
+
+    def tuner(self) -> tune.Tuner:
+        """A fresh sweep."""
+        told, seed = self.search.told, self.spec.seed
+        random.seed(seed)  # pbt asks Python's and numpy's own generators
+        np.random.seed(seed)  # noqa: NPY002
+        at_once = concurrency(self.spec, self.search)
+        pbt = told.scheduler == "pbt"
+        searcher = steer.sampler(self.search, seed, 0 if pbt else at_once)
+        return tune.Tuner(
+            self.trainable(),
+            param_space=steer.param_space(self.search),
+            tune_config=tune.TuneConfig(
+                metric="score",
+                mode="max",
+                num_samples=1 if self.search.sampler == "grid" else self.search.trials,
+                search_alg=searcher,
+                scheduler=steer.scheduler(self.search, self.folder, self.spec.iterations),
+                time_budget_s=told.time_limit_s,
+                reuse_actors=True,
+                trial_name_creator=steer.name_of,
+                trial_dirname_creator=steer.name_of,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=str(self.folder.resolve()),
+                callbacks=self.callbacks(),
+                checkpoint_config=steer.checkpoints(self.search),
+                failure_config=tune.FailureConfig(max_failures=self.spec.checkpoint.max_failures),
+                verbose=0,
+            ),
+        )
+
+    def restored(self) -> tune.Tuner:
+        """The sweep as it was last noted: finished trials stay, the others go on from their checkpoints."""
+        path = self.folder.resolve() / "trials"
+        found = tune.Tuner.restore(str(path), self.trainable(), param_space=steer.param_space(self.search))
+        found._local_tuner.get_run_config().callbacks = self.callbacks()  # type: ignore[union-attr]
+        return found
+
+    def trainable(self) -> Any:
+        folder = self.folder.resolve()
+        told = Told(self.search.banked(str(folder / "bank")), str(folder), os.getcwd(), self.search.objective)
+        return tune.with_resources(tune.with_parameters(Trial, told=told), request(self.spec))
+
+    def callbacks(self) -> list[Any]:
+        return steer.callbacks(self.folder.resolve(), self.view, self.search.trials, self.spec.track)
+
+    # -- what is left on disk
+
+    def finish(self, results: Any) -> list[Outcome]:
+        """Tables, the best checkpoint, its YAML, and the page."""
+        rows = sweep.read_rows(self.folder)
+        found, self.calls = sweep.outcomes(rows, ended=True), sweep.paid(rows)
+        if found:
+            sweep.write_tables(self.folder, found)
+        best = sweep.winner(found)
+        if best is not None:
+            self.keep(best, results)
+        self.note(calls=dict(self.calls))
+        sweep_page.write(self.folder)
+        return found
+
+    def keep(self, best: Outcome, results: Any) -> None:
+        """<sweep>/best and best.yaml."""
+        mine = [one for one in results if Path(one.path).name == best.name]
+        known = [pair for one in mine for pair in one.best_checkpoints if pair[1].get("score", -math.inf) > -math.inf]
+        if known:
+            path = Path(max(known, key=lambda pair: pair[1]["score"])[0].path)
+            temporary = self.folder / ".best.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(path, temporary)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            temporary.rename(self.folder / "best")
+        tree = searches.with_values(self.search.tree, best.values)
+        tree["name"] = f"{self.folder.name}-best"
+        head = (
+            f"# {best.name} of the sweep {self.folder.name}: {self.search.objective} {best.objective:.4g} at iteration "
+            f"{best.best['iteration']}\n# rayft run {self.folder / 'best.yaml'}\n"
+        )
+        plain = {key: value for key, value in tree.items() if value not in (None, {}, [])}
+        store.write_text(self.folder / "best.yaml", head + yaml.safe_dump(plain, sort_keys=False))
+
+    def note(self, **values: Any) -> None:
+        """Adds to ``sweep.json``."""
+        told = {"name": self.folder.name, **_told(self.folder), **values}
+        store.write_text(self.folder / "sweep.json", json.dumps(told, indent=1, default=str))
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first Ctrl-C ends the sweep once it is noted, the second at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self.view.event("stopping; Ctrl-C again to stop at once")
+            os.kill(os.getpid(), signal.SIGUSR1)  # Tune ends at this
+
+        def early(number: int, frame: Any) -> None:
+            raise KeyboardInterrupt
+
+        numbers = {signal.SIGINT: ask, signal.SIGTERM: ask, signal.SIGUSR1: early}
+        before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def asked(file: str | None, overrides: Sequence[str], resume: str | bool | None) -> tuple[specs.RunSpec, Path | None]:
+    """(the spec, the folder of the sweep that goes on)."""
+    spec = None if file is None else specs.read(file, overrides)
+    folder = None
+    if isinstance(resume, str):
+        folder = Path(resume)
+    elif resume:
+        if spec is None:
+            raise ValueError("nothing to resume: give the folder of a sweep, or its YAML")
+        named = re.compile(rf"{re.escape(spec.name)}(-\d+)?")
+        found = [path.parent for path in Path(spec.output).glob("*/sweep.json") if named.fullmatch(path.parent.name)]
+        if not found:
+            raise ValueError(f"nothing to resume: no sweep named {spec.name!r} in {spec.output}; start it first")
+        folder = max(found, key=lambda path: (path / "sweep.json").stat().st_mtime)
+    if folder is None:
+        if spec is None:
+            raise ValueError("nothing to tune: give a YAML with a search: block, or the name of a shipped config")
+        return spec, None
+    own = opened(folder)
+    if spec is not None and spec.full() != own.full():
+        raise ValueError(f"{folder} was begun with another config, which a sweep keeps; resume it by its folder alone")
+    return own, folder
+
+
+def opened(folder: Path) -> specs.RunSpec:
+    """The spec of an existing sweep, which is this user's: resuming unpickles what Tune left there."""
+    if not (folder / "sweep.json").is_file():
+        raise ValueError(f"{folder} is not a sweep: it has no sweep.json; give the folder that `rayft tune` printed")
+    if not (folder / "trials" / "tuner.pkl").is_file():
+        raise ValueError(f"{folder} was stopped before its first trial; start it again without --resume")
+    owners = {path.lstat().st_uid for path in (folder, *(folder / "trials").glob("*"))}
+    if hasattr(os, "getuid") and owners != {os.getuid()}:
+        raise ValueError(f"{folder} belongs to another user and resuming unpickles it; start a sweep of your own")
+    return specs.open_folder(folder)
+
+
+def plan(spec: specs.RunSpec) -> str:
+    """What would be done, for a terminal. Starts nothing."""
+    search = searches.read(spec)
+    spec.tried()
+    told, need = search.told, request(spec)
+    cpus, each = os.cpu_count() or 1, need.required_resources.get("CPU", 0.0)
+    at_once = int(cpus // each) if each else search.trials
+    lines = [
+        yaml.safe_dump(spec.full(), sort_keys=False),
+        f"trials: {search.trials}, of {spec.iterations} iterations, evaluated every {search.every}",
+        *(f"  {key}: {drawn}" for key, drawn in search.space.items()),
+        f"scheduler: {told.scheduler}; sampler: {search.sampler}; objective: {search.objective}",
+        f"pay-off bank: {'shared by all trials' if search.shared else 'none'}",
+        f"one trial reserves {_resources(need)}; with {cpus} CPUs {at_once} at a time",
+    ]
+    return "\n".join(lines)
+
+
+def request(spec: specs.RunSpec) -> Any:
+    """What one trial reserves."""
+    config = spec.checked()
+    return config.algo_class.default_resource_request(config)  # type: ignore[union-attr]
+
+
+def concurrency(spec: specs.RunSpec, search: Search) -> int:
+    """Trials at a time, or a ``ValueError`` where Ray has no room for one."""
+    return min(room(request(spec), ray.nodes()), search.told.max_concurrent or search.trials)
+
+
+def room(need: Any, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Trials that fit at a time, or a ``ValueError``: Tune would wait for room without a word."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    wanted = {kind: number for kind, number in need.required_resources.items() if number}
+    have = {kind: sum(node.get(kind, 0.0) for node in alive) for kind in wanted}
+    fits = min((int(have[kind] // number) for kind, number in wanted.items()), default=10**6)
+    placed = all(any(all(node.get(k, 0.0) >= v for k, v in one.items()) for node in alive) for one in need.bundles)
+    if fits and placed:
+        return fits
+    has = ", ".join(f"{number:g} {kind}" for kind, number in have.items())
+    raise ValueError(
+        f"one trial needs {_resources(need)} and Ray has {has}: lower resources or scoring.actors, or join a larger "
+        "cluster with --address"
+    )
+
+
+def _resources(need: Any) -> str:
+    return ", ".join(f"{number:g} {kind}" for kind, number in need.required_resources.items() if number)
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    path = folder / "sweep.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _spent(folder: Path) -> float:
+    """Seconds that it ran, and until its last row where it was killed."""
+    told, rows = _told(folder), folder / "rows.jsonl"
+    seconds = float(told.get("seconds", 0.0))
+    if told.get("status") == "running" and rows.is_file():
+        seconds += max(0.0, rows.stat().st_mtime - datetime.fromisoformat(told["started"]).timestamp())
+    return seconds
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    levels = {name: logging.getLogger(name).level for name in ("ray.tune", "ray.rllib", "ray.train", "ray.data")}
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if before[name] is None})
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
