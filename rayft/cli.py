@@ -143,36 +143,16 @@ def _start_ray(address: str | None, spec: Any) -> None:
 
 def tune(told: argparse.Namespace) -> int:
     """Search hyper-parameters as FILE's search: block says."""
-    from rayft import board, display, loop, search, sweep
     from rayft import tune as tuning
 
     spec, folder = tuning.asked(told.file, told.overrides, told.resume)
     if told.dry_run:
         print(tuning.plan(spec))
         return 0
-    found = search.read(spec)
-    spec.tried()
+    found = tuning.tried(spec)
     _reachable(told.address)
     _join_ray(told.address)
-    tuning.concurrency(spec, found)
-    fresh = folder is None
-    folder = loop.create_folder(spec) if folder is None else folder
-    view = board.choose(told.quiet)
-    run = tuning.Sweep(spec, found, folder, view)
-    try:
-        outcomes = run.execute(resume=not fresh)
-    finally:
-        view.close()
-    print(f"report: {folder / 'report.html'}", file=sys.stderr)
-    display.show(board.ranking(outcomes, f"{found.objective}, the best first"))
-    print(sweep.cost_line(run.calls, run.seconds, len(outcomes)))
-    if run.interrupted:
-        print(f"saved; continue with: rayft tune --resume {folder}", file=sys.stderr)
-        return 130
-    if sweep.winner(outcomes) is None:
-        raise ValueError(sweep.failure(outcomes))
-    print(f"best: {folder / 'best'}, and as a run of its own: rayft run {folder / 'best.yaml'}")
-    return 0
+    return tuning.run(spec, found, folder, told.quiet)
 
 
 def evaluate(told: argparse.Namespace) -> int:

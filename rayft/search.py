@@ -43,8 +43,8 @@ class SearchSettings:
     sampler: Literal["random", "grid", "optuna"] | None = None
     """Where values come from: grid where the space is one, random otherwise."""
     objective: str | dict[str, float] | None = None
-    """attained, frontier_share, reward, reward_at_kl (with ``kl``), or weights of an evaluation's scalars; attained where
-    an alpha is known, else the frontier share, which is uncertain for a policy that has hardly moved."""
+    """attained, frontier_share, reward, reward_at_kl (with ``kl``), or weights of an evaluation's scalars. By default
+    attained where an alpha is known, else the frontier share, which is uncertain for a policy that has hardly moved."""
     kl: Positive | None = None
     """Nats that reward_at_kl allows."""
     max_concurrent: Count | None = None

@@ -188,8 +188,11 @@ class Trial(tune.Trainable):
 
 
 def still_there(noted: Any) -> bool:
-    """Whether there is something to restore. A killed sweep's note may name a checkpoint that was dropped since: then it
-    is made to name the trial's newest, and without any the trial starts anew."""
+    """Whether there is something to restore.
+
+    A killed sweep's note may name a checkpoint that was dropped since: it is made to name the trial's newest instead,
+    and without any the trial starts anew.
+    """
     place = getattr(noted, "checkpoint", None)
     if place is None or Path(place.path).is_dir():
         return True

@@ -28,8 +28,9 @@ import numpy as np
 import ray
 import yaml
 from ray import tune
+from ray.tune.execution.placement_groups import PlacementGroupFactory
 
-from rayft import board, loop, steer, store, sweep, sweep_page
+from rayft import board, display, loop, steer, store, sweep, sweep_page
 from rayft import search as searches
 from rayft import spec as specs
 from rayft.search import Search
@@ -226,10 +227,38 @@ def opened(folder: Path) -> specs.RunSpec:
     return specs.open_folder(folder)
 
 
-def plan(spec: specs.RunSpec) -> str:
-    """What would be done, for a terminal. Starts nothing."""
+def tried(spec: specs.RunSpec) -> Search:
+    """The search of a spec, after all checks that need no Ray."""
     search = searches.read(spec)
     spec.tried()
+    return search
+
+
+def run(spec: specs.RunSpec, search: Search, folder: Path | None, quiet: bool) -> int:
+    """A sweep from its start, or from where the one in ``folder`` ended; the command's exit code."""
+    concurrency(spec, search)
+    resume = folder is not None
+    folder = folder or loop.create_folder(spec)
+    sweeping = Sweep(spec, search, folder, board.choose(quiet))
+    try:
+        found = sweeping.execute(resume)
+    finally:
+        sweeping.view.close()
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    display.show(board.ranking(found, f"{search.objective}, the best first"))
+    print(sweep.cost_line(sweeping.calls, sweeping.seconds, len(found)))
+    if sweeping.interrupted:
+        print(f"saved; continue with: rayft tune --resume {folder}", file=sys.stderr)
+        return 130
+    if sweep.winner(found) is None:
+        raise ValueError(sweep.failure(found))
+    print(f"best: {folder / 'best'}, and as a run of its own: rayft run {folder / 'best.yaml'}")
+    return 0
+
+
+def plan(spec: specs.RunSpec) -> str:
+    """What would be done, for a terminal. Starts nothing."""
+    search = tried(spec)
     told, need = search.told, request(spec)
     cpus, each = os.cpu_count() or 1, need.required_resources.get("CPU", 0.0)
     at_once = int(cpus // each) if each else search.trials
@@ -245,9 +274,11 @@ def plan(spec: specs.RunSpec) -> str:
 
 
 def request(spec: specs.RunSpec) -> Any:
-    """What one trial reserves."""
+    """What one trial reserves. Whatever it starts runs inside this, so its pay-off actors have to be in it too."""
     config = spec.checked()
-    return config.algo_class.default_resource_request(config)  # type: ignore[union-attr]
+    need = config.algo_class.default_resource_request(config)  # type: ignore[union-attr]
+    payoff = [{"CPU": 1.0}] * getattr(config, "payoff_actors", 0)
+    return PlacementGroupFactory([*need.bundles, *payoff], strategy=str(config.placement_strategy))
 
 
 def concurrency(spec: specs.RunSpec, search: Search) -> int:

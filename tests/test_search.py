@@ -85,7 +85,7 @@ BAD = {
 
 @pytest.mark.parametrize("block", BAD)
 def test_every_mistake_in_a_search_block_is_one_sentence(block):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match="search|training|seed|evaluate") as error:
         search.read(told(block))
     assert BAD[block] in str(error.value), error.value
     assert "\n" not in str(error.value)
@@ -226,7 +226,7 @@ def test_trials_at_a_time_are_what_the_machine_holds():
     [([{"CPU": 3}], [node(2.0)]), ([{"CPU": 3}], [node(2.0), node(2.0)]), ([{"CPU": 1, "GPU": 1}], [node(4.0)])],
 )
 def test_too_small_a_machine_is_said_at_once(bundles, nodes):
-    with pytest.raises(ValueError, match="one trial needs .* and Ray has"):
+    with pytest.raises(ValueError, match=r"one trial needs .* and Ray has"):
         tune.room(PlacementGroupFactory(bundles), nodes)
 
 

@@ -210,12 +210,15 @@ def test_runs_of_one_name_get_folders_of_their_own(tmp_path):
 def test_a_shipped_config_is_valid_and_says_how_it_is_run(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = path.read_text()
-    command = "pretrain" if "pretrain" in yaml.safe_load(text) else "run"
+    command = next((word for word in ("pretrain", "search") if word in yaml.safe_load(text)), "run")
+    command = "tune" if command == "search" else command
     assert text.startswith("# ") and f"\n# rayft {command} {path.stem}" in text
     if command == "pretrain":
         assert main(["pretrain", path.stem, "pretrain.steps=2", "pretrain.batch_size=4", "--quiet"]) == 0
         return
-    assert main(["run", path.stem, "--dry-run"]) == 0
+    assert main([command, path.stem, "--dry-run"]) == 0
+    if command == "tune":
+        return
     printed = capsys.readouterr().out
     told = yaml.safe_load(printed[: printed.index("\n\nchain: ")])
     assert told == spec.read(path.stem).full()

@@ -1,4 +1,4 @@
-"""Algorithms that learn from whole chains: draw, score, credit, in pieces so that one is scored while the next is drawn.
+"""Algorithms that learn from whole chains: draw, score, credit. One piece is scored while the next is drawn.
 
 draw    transitions and the events they wait for      (runners; each algorithm names its draw)
 score   events -> rewards                             (reward actors; NaN = failed)
