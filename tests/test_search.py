@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ BAD = {
 
 @pytest.mark.parametrize("block", BAD)
 def test_every_mistake_in_a_search_block_is_one_sentence(block):
-    with pytest.raises(ValueError, match="search|training|seed|evaluate") as error:
+    with pytest.raises(ValueError, match=r"search|training|seed|evaluate|scheduler|chain|domain") as error:
         search.read(told(block))
     assert BAD[block] in str(error.value), error.value
     assert "\n" not in str(error.value)
@@ -260,6 +261,25 @@ def test_choices_of_text_and_numbers_fit_into_one_table():
     values = [{"k": "a"}, {"k": 2}, {"k": [1, 2]}]
     found = [sweep.Outcome(str(i), "finished", "", {"values": v}, {}, []) for i, v in enumerate(values)]
     assert sweep.table(found).column("k").to_pylist() == ['"a"', "2", "[1, 2]"]
+
+
+class Named(SimpleNamespace):
+    """As much of Tune's trial as schedulers look at."""
+
+    def __str__(self):
+        return self.name
+
+
+def test_a_resumed_asha_compares_with_what_was_there_before(tmp_path):
+    def asked(score):
+        rungs = steer.Rungs(str(tmp_path), time_attr="iteration", metric="score", mode="max", max_t=9, grace_period=2)
+        for name in ("trial_00000", "trial_00001"):
+            rungs.on_trial_add(SimpleNamespace(), Named(name=name, trial_id=name))
+        return rungs.on_trial_result(None, Named(name="b", trial_id="trial_00001"), {"iteration": 2, "score": score})
+
+    assert asked(0.1) == "CONTINUE", "nobody to compare with"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row("trial_00000", 1, 0.5, score=0.5)) + "\n")
+    assert (asked(0.1), asked(0.9)) == ("STOP", "CONTINUE")
 
 
 def test_a_checkpoint_that_was_dropped_is_replaced_by_the_newest(tmp_path):

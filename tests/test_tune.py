@@ -55,7 +55,10 @@ class Moody(Reward):
 def written(folder, search, **more):
     """The YAML of a small sweep."""
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({**RUN, **more, "search": search}))
+    at_once = (
+        {} if search.get("scheduler") == "pbt" else {"max_concurrent": 2}
+    )  # each is a process with torch and RLlib
+    path.write_text(yaml.safe_dump({**RUN, **more, "search": {**at_once, **search}}))
     return path
 
 
@@ -72,7 +75,7 @@ def tuned(folder, search, *overrides, **more):
 def asha(ray_session, tmp_path_factory):
     """(folder of the sweep, standard output) of four trials that are evaluated twice, the worse stopped in between."""
     here = tmp_path_factory.mktemp("asha")
-    search = {"space": {**LR, "training.clip": {"choice": [0.1, 0.2]}}, "trials": 4, "max_concurrent": 2}
+    search = {"space": {**LR, "training.clip": {"choice": [0.1, 0.2]}}, "trials": 4, "max_concurrent": 1}
     code, out, err = tuned(here, {**search, "objective": "attained"}, track={"tensorboard": True})
     assert code == 0 and err.endswith("report: runs/small/report.html\n"), err
     return here / "runs/small", out
@@ -86,13 +89,7 @@ def test_a_sweep_leaves_everything_in_its_folder(asha):
     told = json.loads((folder / "sweep.json").read_text())
     assert told["status"] == "finished" and told["seconds"] > 0 and "ray" in told["versions"]
     page = (folder / "report.html").read_text()
-    for word in (
-        "training.lr",
-        "Pareto" if "Pareto" in page else "frontier",
-        "trial_00003",
-        "rayft tune",
-        "stopped early",
-    ):
+    for word in ("training.lr", "the frontier", "trial_00003", "rayft tune", "stopped early"):
         assert word in page, word
     assert "could not be made" not in page
 
@@ -107,7 +104,7 @@ def test_every_trial_that_ends_is_a_line_and_all_are_ranked_below(asha):
     assert objectives == sorted(objectives, reverse=True) and np.isfinite(objectives).all()
     ranked = re.findall(r"│ (trial_\d+)", out)
     assert ranked == [line["trial"] for line in table]
-    assert {line["status"] for line in table} <= {"finished", "stopped early"}
+    assert {line["status"] for line in table} == {"finished", "stopped early"}
     assert table[0]["status"] == "finished", "asha stops what is behind"
 
 
