@@ -51,17 +51,18 @@ class Mischief(Reward):
         self.answers: dict[str, Any] = {
             "length": [1.0, 2.0, 3.0],
             "string": ["high"],
-            "infinite": [float("inf")],
             "complex": [1j],
         }
 
     def __call__(self, samples: Sequence[np.ndarray]) -> Any:
-        bad = [found for found in (kind(sample, self.share) for sample in samples) if found]
-        for found in bad:
+        kinds = [kind(sample, self.share) for sample in samples]
+        for found in filter(None, kinds):
             self.acts.get(found, bool)()
             if found in self.answers:
                 return self.answers[found] * len(samples)
-        return -0.5 * np.square(np.stack(samples) - np.array([0.8, 0.6])).sum(-1)
+        scores = -0.5 * np.square(np.stack(samples) - np.array([0.8, 0.6])).sum(-1)
+        scores[[found == "infinite" for found in kinds]] = np.inf
+        return scores
 
 
 def _raise(error: Exception) -> None:
@@ -107,3 +108,16 @@ class PoisonedQED(Reward):
             if sample.startswith("type"):
                 return ["a word"] * len(samples)
         return self.own(samples)
+
+
+class Dear(Reward):
+    """The toy's quadratic reward, ``seconds`` for each sample."""
+
+    version = "1"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, samples: Sequence[Any]) -> np.ndarray:
+        time.sleep(self.seconds * len(samples))
+        return -0.5 * np.square(np.stack(samples) - [0.8, 0.6]).sum(-1)

@@ -151,6 +151,7 @@ def train(job: Job) -> tuple[Policy, float]:
         before = time.perf_counter()
         algo.train()
         seconds += time.perf_counter() - before
+    algo.sync()
     policy = algo.env_runner.module.policies["ema" if algo.settings.ema else "current"]
     algo.stop()
     return policy, seconds

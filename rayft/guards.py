@@ -66,6 +66,13 @@ def watch(told: EvaluateSettings) -> list[Guard]:
         if row.get("guard_no_spread", 0.0) > 0:
             yield "all rewards of the batch are equal: there is nothing to learn from"
 
+    def silent(row: Row) -> Iterator[Trip | str]:
+        if row.get("silent_timesteps", 0.0) > 0:
+            yield (
+                f"every candidate failed at {row['silent_timesteps']:.0f} timesteps, so nothing is learned there: let "
+                "the reward take such samples, or read it elsewhere with training.reward_at"
+            )
+
     def shrunk(row: Row) -> Iterator[Trip | str]:
         if row.get("learner/update_shrunk_to", 1.0) < 0.2:
             yield "updates are shrunk to less than a fifth to stay within training.target_kl: lower training.lr"
@@ -79,4 +86,4 @@ def watch(told: EvaluateSettings) -> list[Guard]:
         if row["evaluate/reward"] < row["evaluate/reward_pretrained"] and row["evaluate/kl"] > 1:
             yield "the reward fell below the pretrained model's: lower training.lr or raise alpha"
 
-    return [Guard(rule) for rule in (kl_budget, finite, ratio, spread, shrunk, collapse)]
+    return [Guard(rule) for rule in (kl_budget, finite, ratio, spread, silent, shrunk, collapse)]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import yaml
 
 from rayft.chain import reverse_process
-from rayft.rewards.service import gpus_wanted
 from rayft.spec import RunSpec
 
 
@@ -57,13 +56,10 @@ def shortage(spec: RunSpec, cluster: Mapping[str, float]) -> str | None:
 
 def _actors(spec: RunSpec) -> list[tuple[str, int, float, float]]:
     told = spec.resources
-    config = spec.checked()
-    scoring, world = config.section("scoring"), config.build_domain()
-    fractions = sorted(set(gpus_wanted(config.recipe(world), world.rewards, scoring)))
     return [
         ("runners", told.num_env_runners, told.num_cpus_per_env_runner, told.num_gpus_per_env_runner),
         ("learners", told.num_learners, told.num_cpus_per_learner, told.num_gpus_per_learner),
-        *(("reward actors", scoring.actors, scoring.num_cpus_per_actor, gpus) for gpus in fractions),
+        *spec.checked().own_actors(),
     ]
 
 

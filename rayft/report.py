@@ -34,6 +34,7 @@ PURPOSES = {  # what a reward was called for
     "watch": "held out",
     "score": "by hand",
 }
+WORTH = "effective/"  # columns of RGDM
 NUM_LISTED = 8  # reasons, slowest samples, and about as many failed ones
 
 
@@ -46,7 +47,7 @@ def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
     drawn |= {"parts": lambda found: readout.together(found, "part/")}
     data = {name: found.attempt(f"The {name}", lambda make=make: make(found), None) for name, make in drawn.items()}
     text = {name: found.attempt(f"The {name}", lambda make=make: make(found), "") for name, make in TEXT.items()}
-    shown = {**data, "costs": text["costs"], "missing": found.missing}
+    shown = {**data, **{name: text[name] for name in ("candidates", "costs")}, "missing": found.missing}
     told = {
         "title": safe(found.run.get("name", run.name)),
         "head": found.attempt("The head", lambda: _head(found), ""),
@@ -269,6 +270,20 @@ def _listed(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return f'<div class="wide"><table class=listed><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _candidates(found: Found) -> str:
+    """How many equally weighted candidates each tenth of the timesteps was worth; nothing without a pay-off."""
+    rows = [row for row in found.rows if any(name.startswith(WORTH) for name in row)]
+    if not rows:
+        return ""
+    steps = [name.removeprefix(WORTH) for name in rows[-1] if name.startswith(WORTH)]
+    steps.sort(key=lambda name: int(name.partition("-")[0]))
+    worth = [[row[WORTH + name] for row in rows if math.isfinite(row.get(WORTH + name, math.nan))] for name in steps]
+    cells = [
+        (name, f"{min(sizes):,.0f}", f"{sizes[-1]:,.0f}") for name, sizes in zip(steps, worth, strict=True) if sizes
+    ]
+    return _listed(("timesteps", "at least", "last"), cells)
+
+
 def _guards(found: Found) -> str:
     spoken: dict[tuple[str, str], list[Any]] = {}
     for event in found.events:
@@ -332,7 +347,7 @@ def _beware(found: Found) -> str:
     return f"<ul>{''.join(f'<li>{safe(note)}</li>' for note in notes)}</ul>"
 
 
-SAID = (_table, _watched, _parted, _costs, _guards, _settings, _again, _beware)
+SAID = (_table, _watched, _parted, _candidates, _costs, _guards, _settings, _again, _beware)
 TEXT = {make.__name__.removeprefix("_"): make for make in SAID}
 
 # -- small things

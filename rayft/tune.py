@@ -28,7 +28,6 @@ import numpy as np
 import ray
 import yaml
 from ray import tune
-from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from rayft import board, display, loop, steer, store, sweep, sweep_page
 from rayft import search as searches
@@ -274,11 +273,9 @@ def plan(spec: specs.RunSpec) -> str:
 
 
 def request(spec: specs.RunSpec) -> Any:
-    """What one trial reserves. Whatever it starts runs inside this, so its pay-off actors have to be in it too."""
+    """What one trial reserves; all it starts runs inside this."""
     config = spec.checked()
-    need = config.algo_class.default_resource_request(config)  # type: ignore[union-attr]
-    payoff = [{"CPU": 1.0}] * getattr(config, "payoff_actors", 0)
-    return PlacementGroupFactory([*need.bundles, *payoff], strategy=str(config.placement_strategy))
+    return config.algo_class.default_resource_request(config)  # type: ignore[union-attr]
 
 
 def concurrency(spec: specs.RunSpec, search: Search) -> int:

@@ -47,6 +47,7 @@ def test_without_a_budget_nothing_stops_the_run():
         ({"learner/guard_ratio": 0.5}, "before the first step"),
         ({"guard_no_spread": 1.0}, "nothing to learn"),
         ({"learner/update_shrunk_to": 0.05}, "lower training.lr"),
+        ({"silent_timesteps": 3.0}, "at 3 timesteps"),
         (
             {"evaluate/diversity": 0.01, "evaluate/diversity_pretrained": 1.0, "evaluate/reward": 1.0},
             "one and the same",

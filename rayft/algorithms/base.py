@@ -36,7 +36,7 @@ from rayft.algorithms.config import DiffusionConfig
 from rayft.chain import Chains
 from rayft.domain import Domain
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained, join
-from rayft.rewards.service import RewardService, gpus_wanted
+from rayft.rewards.service import RewardService
 from rayft.rl.gather import gather
 from rayft.score import Scores
 from rayft.verdict import Samples, Verdict, judge, known_mean, remember
@@ -294,10 +294,8 @@ class DiffusionRL(Algorithm):
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """RLlib's bundles and one for each reward actor, so that Tune places them too."""
+        """RLlib's bundles and one for each actor of ours, so that Tune places them too."""
         request = super().default_resource_request(config)
         full = cls.get_default_config().update_from_dict(config)
-        scoring, world = full.section("scoring"), full.build_domain()
-        fractions = sorted(set(gpus_wanted(full.recipe(world), world.rewards, scoring)))
-        actors = [{"CPU": scoring.num_cpus_per_actor, "GPU": gpus} for gpus in fractions for _ in range(scoring.actors)]
+        actors = [{"CPU": cpus, "GPU": gpus} for _, num, cpus, gpus in full.own_actors() for _ in range(num)]
         return PlacementGroupFactory([*request.bundles, *actors], strategy=str(full.placement_strategy))

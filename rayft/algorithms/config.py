@@ -23,6 +23,7 @@ from rayft import imports, reward
 from rayft.aggregate import Recipe
 from rayft.chain import reverse_process
 from rayft.compose import recipe
+from rayft.rewards.service import gpus_wanted
 from rayft.rewards.settings import ScoringSettings
 from rayft.rl.learner import gloo_where_nccl_is_missing
 from rayft.rl.module import DenoiserModule
@@ -229,6 +230,12 @@ class DiffusionConfig(AlgorithmConfig):
         if self.reward_path is None:
             raise ValueError(f"no reward is given; this domain has {', '.join(domain.rewards) or 'none of its own'}")
         return recipe(self.reward_path, self.reward_arguments, self.watched, domain.rewards)
+
+    def own_actors(self) -> list[tuple[str, int, float, float]]:
+        """(what they are, how many, CPUs, GPUs of each) of the actors beside RLlib's."""
+        scoring, world = self.section("scoring"), self.build_domain()
+        fractions = sorted(set(gpus_wanted(self.recipe(world), world.rewards, scoring)))
+        return [("reward actors", scoring.actors, scoring.num_cpus_per_actor, gpus) for gpus in fractions]
 
     def num_events(self) -> int:
         """Events that one iteration scores."""

@@ -283,6 +283,9 @@ class RGDMConfig(DiffusionConfig):
     def __init__(self, algo_class: Any = None) -> None:
         super().__init__(algo_class=algo_class or RGDM)
 
+    def own_actors(self) -> list[tuple[str, int, float, float]]:
+        return [*super().own_actors(), ("pay-off actors", self.settings().payoff_actors, Terms.num_cpus, 0.0)]
+
     def num_events(self) -> int:
         return self.settings().chains * questions(self.settings().aim())
 

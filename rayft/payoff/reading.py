@@ -9,6 +9,7 @@ cancel against mu_pre, and with them the noise of a policy that the reward tells
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,8 @@ from rayft.payoff.bank import PART, Shard
 from rayft.payoff.pairs import Aim, place
 from rayft.payoff.weight import Normalise, Running, bin_of, candidate_weight, effective_size, fold
 from rayft.space import Space
+
+MIN_ASKED = 16  # candidates at a timestep before it may be called silent
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def read(
     context = {k.removeprefix("context/"): v for k, v in rows.items() if k.startswith("context/")}
     chains = Chains(np.stack([x_w, rows["x_t"]]), t[None], context, columns)
     dead = ~np.isfinite(rewards).any(axis=1)
-    silent = sorted(set(t[dead].tolist()) - set(t[~dead].tolist()))
+    asked = Counter(t.tolist())
+    silent = sorted({n for n in asked if asked[n] * rewards.shape[1] >= MIN_ASKED} - set(t[~dead].tolist()))
     effective = effective_size(weight, bin_of(t, process.num_steps))
     parts = {k.removeprefix(PART): v for k, v in rows.items() if k.startswith(PART)}
     return Reading(chains, weight, rewards, parts, effective, silent, running)
