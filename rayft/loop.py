@@ -288,7 +288,7 @@ def create_folder(spec: RunSpec) -> Path:
 def columns(algo: Any, result: Mapping[str, Any]) -> dict[str, Any]:
     """RLlib's nested result as the flat columns that tables and guards know."""
     learner = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
-    named = ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl", "stale")
+    named = ("reward_mean", "reward_std", "reward_failed", "undecodable", "kl", "stale", "silent_timesteps", "waited_s")
     flat = {k: result[k] for k in named if k in result}
     flat |= {k: v for k, v in result.items() if k.startswith(("advantage", "effective", "guard_", "part/"))}
     flat |= {k: algo.counts[k] for k in ("reward_calls", "cache_hits", "chains")}

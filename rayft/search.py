@@ -24,7 +24,16 @@ RANGES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "lograndin
 LISTS = ("choice", "grid")
 SAME_FOR_ALL = ("algorithm", "name", "output", "iterations", "evaluate", "resources", "checkpoint", "track", "search")
 FIXED = ("precision", "ema", "bank", "bank_pairs", "radii", "payoff_actors", "payoff_lead")  # of training, once begun
-BANKED = ("num_candidates", "radius_unit", "reward_at", "centre", "sampler", "sampler_steps", "sampler_end")
+BANKED = (
+    "num_candidates",
+    "radius_unit",
+    "reward_at",
+    "x_0_above",
+    "centre",
+    "sampler",
+    "sampler_steps",
+    "sampler_end",
+)
 NUM_TRIALS, NUM_RADII = 24, 5
 
 

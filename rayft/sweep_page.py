@@ -74,18 +74,21 @@ def write(folder: Path) -> Path:
     found = Found(folder, told, sweep.outcomes(sweep.read_rows(folder), ended=told.get("status") != "running"))
     found.search = found.attempt("The search", lambda: read(open_folder(folder)), None)
     found.before = found.attempt("The pretrained model's samples", lambda: _pretrained(folder), None)
+    signal = found.attempt("The signal", lambda: _signal(folder), "")
     drawn = {"map": heat_map, "front": front, "parallel": parallel}
     data = {name: found.attempt(f"The {name}", lambda make=make: make(found), None) for name, make in drawn.items()}
+    shown = {**data, "signal": signal, "missing": found.missing}
     page = {
         "title": safe(folder.name),
         "head": found.attempt("The head", lambda: _head(found), ""),
         "table": found.attempt("The table", lambda: _table(found), ""),
         "search": found.attempt("The search", lambda: _search(found), ""),
         "again": _again(found),
+        "signal": signal,
         "objective": safe(found.search.objective if found.search else "objective"),
         "missing": "".join(f"<p>{safe(sentence)}</p>" for sentence in found.missing),
         "data": to_json(data),
-        **{f"has_{name}": "" if value else "hidden" for name, value in {**data, "missing": found.missing}.items()},
+        **{f"has_{name}": "" if value else "hidden" for name, value in shown.items()},
     }
     return lay_out("sweep.html", page, folder)
 
@@ -94,6 +97,16 @@ def _pretrained(folder: Path) -> Samples | None:
     """The first file of them: trials with another chain or domain have their own, and no frontier in common."""
     files = sorted(folder.glob("pretrained-*.npz"))
     return Samples.load(files[0]) if len(files) == 1 else None
+
+
+def _signal(folder: Path) -> str:
+    """What the reward on the way says of the sample's own, by timestep; of the one setting that all trials share."""
+    files = sorted(folder.glob("signal-*.json"))
+    told = json.loads(files[0].read_text()) if len(files) == 1 else {}
+    head = "".join(f"<th>{safe(name)}</th>" for name in ("t", *told))
+    body = "".join(f"<td>{value:.2f}</td>" for value in told.values())
+    table = f"<table class=costs><thead><tr>{head}</tr></thead><tbody><tr><th>signal</th>{body}</tr></tbody></table>"
+    return f'<div class="wide">{table}</div>' if told else ""
 
 
 # -- figures

@@ -218,6 +218,8 @@ def share_pretrained(algo: Any, spec: specs.RunSpec, folder: Path) -> None:
     with locked(folder / f".pretrained-{digest}.lock"):
         if not path.is_file():
             algo.draw_pretrained()
+            if algo.scoring.max_reward_calls is None:
+                store.write_text(folder / f"signal-{digest}.json", json.dumps(algo.signal()))
             store.write_text(recipe, json.dumps(algo.rewards.recipe.state()))
             temporary = path.with_name(f".{path.name}")
             algo.pretrained.save(temporary)

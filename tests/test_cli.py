@@ -132,6 +132,8 @@ def test_a_dry_run_starts_and_writes_nothing(tmp_path, monkeypatch, capfd):
     assert "2 x runners: 1 CPU, 0 GPU each" in out and "3 x reward actors: 0.5 CPU" in out
     assert "learners: in the driver" in out and "9,218 weights" in out
     assert err == ""
+    assert main(["run", "toy_rgdm", "--dry-run", "training.payoff_actors=2"]) == 0
+    assert "2 x pay-off actors: 1 CPU, 0 GPU each" in capfd.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -275,6 +275,17 @@ def test_a_run_before_its_first_evaluation_shows_its_curves(run):
     assert page.data["histogram"].keys() == {"edges", "before", "best"}
 
 
+def test_effective_sample_sizes_are_listed_in_the_order_of_the_chain(run):
+    assert "timesteps at least last" not in Page(report.write(run, Toy(), ALPHA)).text
+    rows = Table(run / "metrics.csv").rows
+    (run / "metrics.csv").unlink()
+    table = Table(run / "metrics.csv")
+    for number, row in enumerate(rows):
+        table.add(row | {"effective/6-10": 40.0, "effective/1-5": 100.0 + number})
+    page = Page(report.write(run, Toy(), ALPHA))
+    assert f"timesteps at least last 1-5 100 {99 + len(rows)} 6-10 40 40" in page.text
+
+
 def test_failed_rewards_are_counted_and_left_out(run):
     path = run / "evaluations" / "iteration_000030.npz"
     told = Samples.load(path)

@@ -130,6 +130,7 @@ def test_failed_candidates_are_dropped_and_counted(built):
         {"radius_unit": "kl", "radius": 3.0},
         {"reward_at": "x_0", "radius": 0.0},
         {"reward_at": "x_prev", "centre": "sample"},
+        {"x_0_above": 10},
         {"anchor": False, "kl_weight": 0.1},
     ],
     ids=lambda told: " ".join(map(str, told.values())),
@@ -187,6 +188,7 @@ BAD = [
     ({"sampler": "annealing", "radii": [1.0]}, "radii are for sampler importance"),
     ({"sampler": "annealing", "radius": 0.0}, "has nowhere to search"),
     ({"sampler": "gradient", "reward_at": "x_0"}, "which reward_at: x_0 does not look at"),
+    ({"x_0_above": 5, "reward_at": "x_0"}, "x_0_above is for reward_at x0_hat or x_prev"),
     ({"sampler": "anealing"}, "training.sampler is 'anealing'; it should be 'importance', 'annealing' or 'gradient'"),
     ({"bank_pairs": 0}, "training.bank_pairs is 0"),
 ]

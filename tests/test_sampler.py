@@ -121,7 +121,7 @@ def test_importance_moments_are_those_of_q_pd_on_a_grid(at, t):
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flatten(0, 1)
     grid = grid[grid.norm(dim=1) <= radius]
     chosen = Pairs(b, *(v[:1] for v in (pairs.x_0, pairs.t, pairs.x_t, pairs.centre)), {})
-    density = (reward(chosen.question(grid[None], at).events) / tau).exp()
+    density = (reward(chosen.question(grid[None], aim(at=at)).events) / tau).exp()
     for f in (lambda e: e[..., 0], lambda e: e[..., 1], lambda e: (e**2).sum(-1)):
         wanted = float((density * f(grid)).sum() / density.sum())
         values = (weight * (f(eps) - wanted)).mean(1)  # the ratio estimator's error, by the delta method

@@ -202,6 +202,11 @@ def test_trials_of_a_shared_bank_pay_for_one(ray_session, tmp_path):
     assert len(list((tmp_path / "runs/small/bank").glob("shard_*.arrow"))) == 8
     radii = json.loads((tmp_path / "runs/small/bank/manifest.json").read_text())["radii"]
     assert radii == [0.5, 1.0]
+    (told,) = (tmp_path / "runs/small").glob("signal-*.json")
+    assert len(json.loads(told.read_text())) == 10
+    assert "What limits a pay-off" in (tmp_path / "runs/small/report.html").read_text()
+    calls = sweep.paid(rows)["pretrained"] - RUN["evaluate"]["pretrained_chains"]
+    assert 0 < calls <= 1000, "the signal is read once"
     best = yaml.safe_load((tmp_path / "runs/small/best.yaml").read_text())
     assert "bank" not in best["training"] and "radii" not in best["training"]
 
@@ -244,6 +249,9 @@ def test_fewer_cpus_than_a_trial_needs_are_said_at_once(ray_session, tmp_path):
     code, _, err = tuned(tmp_path, {"space": LR, "trials": 2}, resources={"num_env_runners": 8})
     assert code == 2 and "one trial needs 9 CPU and Ray has 4 CPU" in err
     assert time.monotonic() - began < 10 and not (tmp_path / "runs").exists()
+    more = {"algorithm": "rgdm", "training": {"payoff_actors": 7, "chains": 64, "minibatch_size": 64}}
+    code, _, err = tuned(tmp_path, {"space": LR, "trials": 2}, **more)
+    assert code == 2 and "one trial needs 8 CPU and Ray has 4 CPU" in err
 
 
 # -- what is killed

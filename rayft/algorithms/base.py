@@ -223,6 +223,10 @@ class DiffusionRL(Algorithm):
             self.pretrained = remember(self.domain, draw, self.score(draw, "pretrained", watch=True))
         return self.pretrained
 
+    def signal(self) -> dict[str, float]:
+        """By timestep, how much of a sample's reward can be read on the way; of algorithms that read it there."""
+        return {}
+
     # -- state
 
     def policy_state(self, which: str = "denoiser") -> dict[str, np.ndarray]:

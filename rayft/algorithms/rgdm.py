@@ -31,6 +31,7 @@ from rayft.payoff.bank import open_bank
 from rayft.payoff.pairs import Aim, Centre, RewardAt, SamplerName
 from rayft.payoff.reading import Reading, View, cut, read
 from rayft.payoff.sampler import questions
+from rayft.payoff.signal import probe, signal
 from rayft.payoff.source import Source
 from rayft.payoff.weight import NUM_BINS, Normalise, Running, bin_of, name_of
 from rayft.rl.learner import DiffusionLearner
@@ -65,6 +66,8 @@ class RGDMSettings(Settings):
     """Where annealing ends: at 0, with the best it saw (R's argmax), or at tau, with a draw from q_pd."""
     reward_at: RewardAt = "x0_hat"
     """Where r is read: the candidate (R), the pretrained model's x_0 of it, which means something at any t, or x_0."""
+    x_0_above: Count | None = None
+    """Timestep past which r is read at x_0 instead, where ``reward_at`` says nothing of it (see a sweep's page)."""
     centre: Centre = "mean"
     """What candidates lie around: the posterior's mean (R Eq. 14), or a draw from it (R Eq. 8)."""
     normalise: Normalise = "batch"
@@ -99,6 +102,7 @@ class RGDMSettings(Settings):
             self.sampler,
             self.sampler_steps if searched else 0,
             ends,
+            self.x_0_above,
         )
 
     def view(self) -> View:
@@ -181,6 +185,20 @@ class RGDM(DiffusionRL):
             **aim,
             "shard_pairs": self.settings.chains,
         }
+
+    def signal(self) -> dict[str, float]:
+        """``payoff.signal`` on the pretrained samples; pays for a thousand scores at most."""
+        module, samples = self.env_runner.module, self.draw_pretrained()
+        if self.aim.reward_at == "x_0":
+            return {}
+        bench = module.bench("reference")
+        x_0 = torch.from_numpy(samples.x_0).to(bench.device, bench.dtype)
+        context = {k: torch.from_numpy(v[: len(x_0)]).to(bench.device) for k, v in samples.context.items()}
+        question, t = probe(bench, x_0, context, self.aim, self.config.seed or 0)
+        told = {k: v.cpu().numpy() for k, v in question.context.items()}
+        scores = self.rewards.submit(question.events.cpu().numpy(), told, "pretrained").result()
+        self.count(scores)
+        return signal(samples.rewards[: len(t)], scores.rewards, t, module.process.num_steps)
 
     # -- one iteration
 
@@ -315,6 +333,8 @@ class RGDMConfig(DiffusionConfig):
                 f"scoring.{key} is for algorithms that roll out their policy; rgdm draws ahead with "
                 "training.payoff_actors and training.payoff_lead"
             )
+        if told.x_0_above is not None and told.reward_at == "x_0":
+            raise ValueError("training.x_0_above is for reward_at x0_hat or x_prev; with x_0 it is read there anyway")
         if told.sampler == "gradient":
             self._check_differentiable()
         super().validate()

@@ -36,6 +36,7 @@ class Aim:
     sampler: SamplerName
     sampler_steps: int  # of a search
     temperature: float | None  # that a search ends at, None for 0; importance does not know any
+    x_0_above: int | None = None  # timestep past which the data are judged instead
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,23 @@ class Pairs:
     centre: Float[Tensor, "row *event"]
     context: dict[str, Any]
 
-    def question(self, shift: Float[Tensor, "row cand *event"], reward_at: RewardAt) -> Question:
+    def question(self, shift: Float[Tensor, "row cand *event"], aim: Aim) -> Question:
         """The events that r is read at: candidates, the pretrained model's x_0 of them, or the data themselves."""
         num = shift.shape[1]
         context = {k: v.repeat_interleave(num, 0) for k, v in self.context.items()}
-        if reward_at == "x_0":
+        if aim.reward_at == "x_0":
             return Question(self.x_0.repeat_interleave(num, 0), context)
-        return Question(self.read(shift, reward_at, context), context)
+        return Question(self.read(shift, aim, context), context)
 
-    def read(self, shift: Tensor, reward_at: RewardAt, context: Context) -> Tensor:
-        """x_prev or x0_hat of candidates, differentiable in ``shift``."""
-        events = (self.centre.unsqueeze(1) + shift).flatten(0, 1)
-        if reward_at == "x_prev":
+    def read(self, shift: Tensor, aim: Aim, context: Context) -> Tensor:
+        """x_prev or x0_hat of candidates, differentiable in ``shift``; x_0 above the aim's timestep."""
+        events, t = (self.centre.unsqueeze(1) + shift).flatten(0, 1), self.t.repeat_interleave(shift.shape[1])
+        if aim.reward_at == "x0_hat":
+            events = self.bench.reference.x0_hat(events, t - 1, context)
+        if aim.x_0_above is None:
             return events
-        return self.bench.reference.x0_hat(events, (self.t - 1).repeat_interleave(shift.shape[1]), context)
+        given = self.x_0.repeat_interleave(shift.shape[1], 0)
+        return torch.where(expand(t > aim.x_0_above, events).bool(), given, events)
 
 
 def place(

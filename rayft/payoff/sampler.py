@@ -41,7 +41,7 @@ class Candidates:
 def importance(pairs: Pairs, aim: Aim, generator: torch.Generator) -> Search:
     """Uniform in each shell."""
     shift = _uniform(pairs, aim, generator)
-    answer = yield pairs.question(shift, aim.reward_at)
+    answer = yield pairs.question(shift, aim)
     return Candidates(shift, _per_pair(answer, pairs))
 
 
@@ -52,7 +52,7 @@ def annealing(pairs: Pairs, aim: Aim, generator: torch.Generator) -> Search:
     R. With one they are refused outside it, the second half stays at it, and the end is a draw from q_pd.
     """
     shift, limit = _uniform(pairs, aim, generator), _limit(pairs, aim)
-    told = _per_pair((yield pairs.question(shift, aim.reward_at)), pairs)
+    told = _per_pair((yield pairs.question(shift, aim)), pairs)
     start, best, best_shift = told[..., 0], told, shift
     hot = float(np.nanstd(start)) if np.isfinite(start).any() else 0.0
     cold = aim.temperature or 1e-4 * hot
@@ -65,7 +65,7 @@ def annealing(pairs: Pairs, aim: Aim, generator: torch.Generator) -> Search:
         proposal = shift + scale * _normal(pairs, shift, generator)
         proposal = proposal if aim.temperature else _pulled(proposal, limit)
         inside = (_length(proposal) <= limit.unsqueeze(1)).cpu().numpy() | (aim.temperature is None)
-        heard = _per_pair((yield pairs.question(proposal, aim.reward_at)), pairs)
+        heard = _per_pair((yield pairs.question(proposal, aim)), pairs)
         gain = np.where(np.isfinite(told[..., 0]), heard[..., 0] - told[..., 0], np.inf)
         luck = torch.rand(gain.shape, dtype=torch.float64, generator=generator).numpy()
         taken = inside & np.isfinite(heard[..., 0]) & (np.log(luck) < gain / tau)
@@ -86,7 +86,7 @@ def gradient(pairs: Pairs, aim: Aim, generator: torch.Generator, slope: Slope) -
     for step in range(aim.sampler_steps + 1):
         with torch.enable_grad():
             point = shift.detach().requires_grad_(True)
-            value = slope(pairs.read(point, aim.reward_at, context), context)
+            value = slope(pairs.read(point, aim, context), context)
             (uphill,) = torch.autograd.grad(value.sum(), point)
         value = value.detach().reshape(best.shape)
         better = (value > best) & torch.isfinite(value)
@@ -96,7 +96,7 @@ def gradient(pairs: Pairs, aim: Aim, generator: torch.Generator, slope: Slope) -
         size = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(1, aim.sampler_steps))
         towards = uphill / _like(_length(uphill).clamp(min=1e-30), shift)
         shift = _pulled(shift + size * expand(limit, pairs.x_0).unsqueeze(1) * towards, limit)
-    answer = yield pairs.question(best_shift, aim.reward_at)
+    answer = yield pairs.question(best_shift, aim)
     return Candidates(best_shift, _per_pair(answer, pairs))
 
 
