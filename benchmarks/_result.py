@@ -45,20 +45,22 @@ class Result:
 
     name: str
     figures: dict[str, Figure] = field(default_factory=dict)
+    partial: bool = False  # some of its parts alone were asked for
 
     def write(self, folder: Path | None) -> None:
-        """``folder/NAME.json``, in one piece; nothing where there is no folder."""
+        """``folder/NAME.json``, in one piece; nothing where there is no folder. What was not measured now is kept."""
         if folder is None:
             return
-        flat: dict[str, object] = {}
+        path = folder / f"{self.name}.json"
+        flat: dict[str, object] = json.loads(path.read_text()) if path.is_file() and self.partial else {}
         for name, figure in self.figures.items():
             flat[name] = figure.value
             if figure.low is not None:
                 flat |= {f"{name}/low": figure.low, f"{name}/high": figure.high}
         folder.mkdir(parents=True, exist_ok=True)
         told = {**flat, "machine": machine(), "versions": versions()}
-        write_text(folder / f"{self.name}.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
-        print(f"wrote {folder / f'{self.name}.json'}")
+        write_text(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
+        print(f"wrote {path}")
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

@@ -62,7 +62,7 @@ def main() -> None:
     told = parser.parse_args()
     torch.set_num_threads(1)
     ray.init("local", num_cpus=128, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    result = _result.Result("rewards")
+    result = _result.Result("rewards", partial=set(told.only) != set(BENCHES))
     for name in told.only:
         for figure, value in BENCHES[name](told.quick).items():
             result.figures[figure] = value
@@ -70,8 +70,7 @@ def main() -> None:
     ray.shutdown()
     rows = [(name, str(figure), _asked(name)) for name, figure in result.figures.items()]
     _result.show("rewards", ("figure", "measured", "asked"), rows)
-    if set(told.only) == set(BENCHES):
-        result.write(_result.folder(told))
+    result.write(_result.folder(told))
 
 
 def _asked(name: str) -> str:

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def figures(name: str, out: Path) -> dict[str, float]:
+def figures(name: str, out: Path, *more: str) -> dict[str, float]:
     """The numbers of ``python -m benchmarks.NAME --quick``, every one of them finite."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads((out / f"{name}.json").read_text())
     assert told.pop("machine")["cpus"] >= 1
@@ -27,6 +27,12 @@ def figures(name: str, out: Path) -> dict[str, float]:
     return told
 
 
+def test_a_bank_larger_than_memory_may_be_is_read_in_little(tmp_path: Path):
+    told = figures("rgdm", tmp_path, "--only", "bank")
+    assert told["bank/size_gb"] > 1 > told["bank/rss_gb"]
+
+
+@pytest.mark.slow
 def test_the_overhead_benchmark_runs_and_no_ratio_is_absurd(tmp_path: Path):
     told = figures("overhead", tmp_path)
     assert told["runner/local/wide"] > 0.6 and told["learner/update"] > 0.5
@@ -44,3 +50,20 @@ def test_the_optimum_benchmark_runs_and_nothing_exceeds_the_ceiling(tmp_path: Pa
         assert told[f"seconds/{algorithm}"] > 0
     assert told["frontier/rgdm/best"] > 0
     assert "<svg" in (tmp_path / "optimum.svg").read_text()
+
+
+@pytest.mark.slow
+def test_the_pay_off_benchmark_runs_and_a_sweep_pays_once(tmp_path: Path):
+    told = figures("rgdm", tmp_path)
+    assert told["sweep/reward_calls_ratio"] == pytest.approx(1.0, abs=0.01)
+    assert told["sweep/calls_saved"] > 1.2
+    assert 0.8 < told["step/vs_ddpm"] < 1.6
+    assert told["wait/finished_bank"] < 0.2
+    assert told["frontier/rgdm/quadratic"] <= 1.02
+
+
+@pytest.mark.slow
+def test_the_rewards_benchmark_runs_and_poison_is_found_exactly(tmp_path: Path):
+    told = figures("rewards", tmp_path)
+    assert told["poison/exact"] == 1
+    assert told["cache/20k_seconds"] < 2

@@ -7,8 +7,8 @@ Near 0, candidates are pulled towards what is not there: KL is paid and no rewar
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +48,6 @@ def signal(
     for label in np.unique(bins):
         rows = (bins == label) & np.isfinite(known) & np.isfinite(read)
         if rows.sum() >= MIN_PROBES and np.ptp(known[rows]) > 0:
-            found = spearmanr(known[rows], read[rows]).statistic if np.ptp(read[rows]) > 0 else 0.0
-            told[name_of(int(label), num_steps)] = float(found) if math.isfinite(found) else 0.0
+            found: Any = spearmanr(known[rows], read[rows]) if np.ptp(read[rows]) > 0 else (0.0, 1.0)
+            told[name_of(int(label), num_steps)] = float(found[0])
     return told
