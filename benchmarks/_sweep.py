@@ -4,6 +4,7 @@ sweep/reward_calls_ratio  pay-off calls of the shared sweep over those of one wh
 sweep/calls_saved         pay-off calls of the sweep without a shared bank over those with one
 sweep/speedup             its wall time over that of the shared sweep; /dear: with a reward of DEAR seconds a candidate
 frontier/rgdm/TARGET      frontier share of the best (temperature, radius) found, trained anew on seeds it has not seen
+shipped/NAME/*            the other sweeps of tune_configs as they are, seed 0: seconds and the best trial's objective
 signal/TARGET             how much of a sample's reward is read at x0_hat, by timestep (payoff/signal.py)
 """
 
@@ -24,16 +25,19 @@ import yaml
 from benchmarks import _result
 from rayft.payoff.sampler import questions
 from rayft.spec import parse
+from rayft.sweep import outcomes, read_rows
 
 CONFIG = "toy_rgdm_asha"
 FRESH = (101, 102, 103, 104, 105)
-WHERE_READ = ("training.x_0_above=10", "training.lr=1e-2", "training.ema=0.995", "training.chains=2048")
+WHERE_READ = ("training.x_0_above=15", "training.lr=1e-2", "training.ema=0.995", "training.chains=2048")
 TARGETS: dict[str, tuple[str, ...]] = {  # what differs from the YAML; narrow stripes cannot be read at x0_hat early on
     "quadratic": ("reward=quadratic",),
     "stripes/x0_hat": ("reward=stripes",),
-    "stripes": ("reward=stripes", *WHERE_READ, "iterations=800", "evaluate.every=100"),
+    "stripes": ("reward=stripes", *WHERE_READ, "training.minibatch_size=256", "iterations=800", "evaluate.every=100"),
 }
 DEAR = 2e-5
+SHORT = ["iterations=8", "search.trials=4", "evaluate.chains=256"]
+SHIPPED = ("grid", "optuna", "pbt")
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,18 @@ class Swept:
         return int(json.loads((self.folder / "sweep.json").read_text())["calls"].get("payoff", 0))
 
     @property
+    def objective(self) -> float:
+        found = outcomes(read_rows(self.folder), ended=True)
+        return found[0].objective
+
+    @property
     def best(self) -> dict[str, Any]:
         return yaml.safe_load((self.folder / "best.yaml").read_text())
 
 
 def sweep(quick: bool) -> dict[str, _result.Figure]:
     """Each sweep is a command of its own, with the machine to itself."""
-    short = ["iterations=8", "search.trials=4", "evaluate.chains=256"] if quick else []
+    short = SHORT if quick else []
     rounds = 1 if quick else 2
     told: dict[str, _result.Figure] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -63,8 +72,19 @@ def sweep(quick: bool) -> dict[str, _result.Figure]:
         if not quick:
             dear = f"reward={{name: benchmarks._mischief:Dear, seconds: {DEAR}}}"
             told |= _compared("/dear", [_pair(Path(place), "dear", [dear])])
+        for name in () if quick else SHIPPED:
+            ran = _tune(Path(place), name, [], f"toy_rgdm_{name}")
+            told[f"shipped/{name}/seconds"] = _result.Figure(ran.seconds)
+            told[f"shipped/{name}/objective"] = _result.Figure(ran.objective)
+    return told
+
+
+def frontier(quick: bool) -> dict[str, _result.Figure]:
+    """Each toy reward by a sweep of its own."""
+    told: dict[str, _result.Figure] = {}
+    with tempfile.TemporaryDirectory() as place:
         for target in list(TARGETS)[:1] if quick else TARGETS:
-            told |= _frontier(Path(place), target, short, FRESH[:1] if quick else FRESH)
+            told |= _frontier(Path(place), target, SHORT if quick else [], FRESH[:1] if quick else FRESH)
     return told
 
 
@@ -74,9 +94,9 @@ def _pair(place: Path, name: str, overrides: Sequence[str]) -> tuple[Swept, Swep
     return shared, own
 
 
-def _tune(place: Path, name: str, overrides: Sequence[str]) -> Swept:
+def _tune(place: Path, name: str, overrides: Sequence[str], config: str = CONFIG) -> Swept:
     """``rayft tune``, timed from the command to its end."""
-    command = [sys.executable, "-m", "rayft.cli", "tune", CONFIG, f"output={place}", f"name={name}", *overrides]
+    command = [sys.executable, "-m", "rayft.cli", "tune", config, f"output={place}", f"name={name}", *overrides]
     before = time.perf_counter()
     ran = subprocess.run([*command, "--quiet"], capture_output=True, text=True)
     seconds = time.perf_counter() - before
@@ -101,9 +121,6 @@ def _one_trial(tree: dict[str, Any]) -> int:
     """Pay-off calls of a trial that is not stopped early."""
     settings = parse(tree).checked().settings()
     return int(tree["iterations"]) * settings.chains * questions(settings.aim())
-
-
-# -- the frontier
 
 
 def _frontier(place: Path, target: str, short: Sequence[str], seeds: Sequence[int]) -> dict[str, _result.Figure]:

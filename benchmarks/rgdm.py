@@ -236,6 +236,7 @@ BENCHES: dict[str, Callable[[bool], dict[str, _result.Figure]]] = {
     "wait": wait,
     "bank": bank,
     "sweep": _sweep.sweep,
+    "frontier": _sweep.frontier,
 }
 
 if __name__ == "__main__":
