@@ -39,12 +39,12 @@ from rayft.chain import Policy, log_normal, reverse_process, sample
 from rayft.seeds import torch_generator
 
 ALPHAS = (0.5, 0.2)
-TEMPERATURES, RADII = (0.1, 0.3, 1.0, 3.0), (0.0, 0.5, 1.0, 1.5, 2.0)
+TEMPERATURES, RADII = (0.1, 0.3, 0.5, 1.0, 3.0), (0.0, 0.5, 1.0, 1.5, 2.0)
 CONFIGS: dict[str, type[DiffusionConfig]] = {"ppo": PPOConfig, "rwmle": RWMLEConfig, "rgdm": RGDMConfig}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 200, "lr": 5e-4, "chains": 512, "ema": 0.99},
     "rwmle": {"iterations": 200, "lr": 1e-3, "chains": 1024, "ema": 0.995},
-    "rgdm": {"iterations": 36, "lr": 1e-3, "ema": 0.97},
+    "rgdm": {"iterations": 36, "lr": 1e-3, "ema": 0.97, "timestep_weight": "simple"},
     "ceiling": {"iterations": 1000},
 }
 MAX_KL = (

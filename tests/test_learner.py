@@ -39,23 +39,25 @@ def largest_gap(a, b):
 
 
 @pytest.mark.parametrize(
-    ("precision", "minibatch_size", "tolerance"),
+    ("name", "precision", "minibatch_size", "tolerance"),
     # Adam divides by the size of the gradient, so four steps amplify the rounding of one.
     [
-        ("float32", 4096, 1e-6),
-        pytest.param("float64", 4096, 1e-12, marks=pytest.mark.slow),
-        pytest.param("float64", 1024, 1e-10, marks=pytest.mark.slow),
+        ("ppo", "float32", 4096, 1e-6),
+        pytest.param("ppo", "float64", 4096, 1e-12, marks=pytest.mark.slow),
+        pytest.param("ppo", "float64", 1024, 1e-10, marks=pytest.mark.slow),
+        pytest.param("rgdm", "float64", 1024, 1e-10, marks=pytest.mark.slow),
     ],
 )
-def test_zero_one_and_two_learners_take_the_same_steps(ray_session, precision, minibatch_size, tolerance):
+def test_zero_one_and_two_learners_take_the_same_steps(ray_session, name, precision, minibatch_size, tolerance):
     outcomes, credit = [], None
     for num_learners in (0, 1, 2):
-        algo = build(num_learners=num_learners, precision=precision, minibatch_size=minibatch_size, num_epochs=1)
+        told = {"precision": precision, "minibatch_size": minibatch_size, "num_epochs": 1}
+        algo = build(name, num_learners=num_learners, **told)
         credit = credit or credit_of(algo)
         outcomes.append(update(algo, credit))
         algo.stop()
     for weights, loss in outcomes[1:]:
-        print(f"{precision} {minibatch_size}: weights differ by {largest_gap(weights, outcomes[0][0]):.1e}")
+        print(f"{name} {precision} {minibatch_size}: weights differ by {largest_gap(weights, outcomes[0][0]):.1e}")
         assert largest_gap(weights, outcomes[0][0]) <= tolerance
         # RLlib averages the learners' logged losses in float32 where there were several minibatches
         assert loss == pytest.approx(outcomes[0][1], abs=tolerance if minibatch_size == 4096 else 1e-6)
