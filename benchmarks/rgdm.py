@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks import _result, _sweep
 from benchmarks.overhead import LR, WIDE, Plane
 from rayft.algorithms.rgdm import RGDMConfig
+from rayft.chain import reverse_process
 from rayft.payoff.bank import Bank, Shard, load, save
 from rayft.payoff.pairs import Aim
 from rayft.payoff.reading import View, cut, read
@@ -185,13 +186,8 @@ def _shard() -> Shard:
 def read_through(folder: str) -> float:
     """Every shard read at a temperature; the most memory that was resident, in GB."""
     torch.set_num_threads(1)
-    world = Cloud()
-    from rayft.chain import reverse_process
-
-    process, aim = (
-        reverse_process(world.schedule()),
-        Aim(8, (1.0,), "absolute", "x_prev", "mean", "importance", 0, None),
-    )
+    world, aim = Cloud(), Aim(8, (1.0,), "absolute", "x_prev", "mean", "importance", 0, None)
+    process = reverse_process(world.schedule())
     view = View(0.5, 1.0, "batch", "vlb", True)
     found = Bank(Path(folder), {"shard_pairs": 0})
     for number in found.numbers:

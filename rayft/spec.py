@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -246,7 +247,7 @@ def open_folder(path: Path) -> RunSpec:
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that is written twice is an error: the second would silently replace the first."""
+    """A key that is written twice is an error: the second would silently replace the first. 1e-4 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -255,6 +256,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+([.][0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-0123456789"))
 
 
 def configs() -> dict[str, Path]:
@@ -270,7 +275,7 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"{assignment!r} is not an override; write key=value, for example training.lr=1e-4")
         try:
-            value = _rooted(yaml.safe_load(text), Path.cwd())
+            value = _rooted(yaml.load(text, _Loader), Path.cwd())
         except yaml.YAMLError:
             raise ValueError(f"the value of {key} is not YAML: {text!r}; quote it") from None
         put(tree, key, value)

@@ -68,6 +68,7 @@ OVERRIDES = {
     "output=a=b": ("output", "a=b"),
     "reward=stripes": ("reward", {"name": "stripes"}),
     "reward.centre=[0, 1]": ("reward", {"name": "quadratic", "centre": [0, 1]}),
+    "reward.centre=[1e-1, 2E+0]": ("reward", {"name": "quadratic", "centre": [0.1, 2.0]}),
     "domain.num_steps=60": ("domain", {"name": "toy", "num_steps": 60}),
     "checkpoint={every: 2, keep: 3}": ("checkpoint", {"every": 2, "keep": 3, "max_failures": 3}),
 }
