@@ -126,8 +126,10 @@ def learner_pid(algo):
 
 @pytest.mark.parametrize(
     ("find", "resources"),
-    [(runner_pid, "resources.num_env_runners=2"), (learner_pid, "resources.num_learners=1")],
-    ids=["runner", "learner"],
+    [
+        pytest.param(runner_pid, "resources.num_env_runners=2", id="runner"),
+        pytest.param(learner_pid, "resources.num_learners=1", id="learner", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_actor_costs_time_and_nothing_else(ray_session, tmp_path, find, resources):
     whole, _ = run_here(tmp_path / "whole", None, resources)

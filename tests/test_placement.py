@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 RESOURCES = {
     "num_env_runners": 2,
     "num_cpus_per_env_runner": 0.5,
@@ -41,6 +43,7 @@ algo.stop()
 """
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_placement_that_the_yaml_names():
     told = {"resources": RESOURCES, "scoring": SCORING, "training": {"chains": 64, "minibatch_size": 64}}
     done = subprocess.run(

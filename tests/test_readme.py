@@ -62,6 +62,15 @@ def test_the_rewards_example_runs_and_pays_nothing_the_second_time(tmp_path):
     assert second == 0
 
 
+@pytest.mark.slow
+def test_the_sweep_example_runs_and_its_best_trial_is_a_run(tmp_path):
+    (tmp_path / "my.yaml").write_text(example("sweep"))
+    small = ["training.chains=512", "evaluate.chains=512", "evaluate.pretrained_chains=2048", "--quiet"]
+    run("-m", "rayft.cli", "tune", "my.yaml", *small, cwd=tmp_path)
+    assert (tmp_path / "runs/my/report.html").is_file() and (tmp_path / "runs/my/best/card.json").is_file()
+    run("-m", "rayft.cli", "run", "runs/my/best.yaml", "iterations=2", cwd=tmp_path)
+
+
 def test_a_plain_module_and_a_reward_function_in_one_file_are_fine_tuned_and_exported(tmp_path):
     source = example("file digits.py")
     assert len(source.splitlines()) <= 40
