@@ -91,6 +91,9 @@ def before_after(told: Mapping[str, float]) -> Table:
     def cell(name: str) -> str:
         return f"{told[name]:.4f}" if name in told and told[name] == told[name] else "-"
 
+    def share(name: str) -> str:
+        return f"{cell(name)} [{cell(f'{name}_low')}, {cell(f'{name}_high')}]" if cell(name) != "-" else "-"
+
     table.add_row("reward", cell("reward_pretrained"), cell("reward"), "")
     for kind in ("part", "watch"):
         for name in (name for name in told if name.startswith(f"{kind}/") and f"{name}_pretrained" in told):
@@ -99,10 +102,8 @@ def before_after(told: Mapping[str, float]) -> Table:
     table.add_row("KL (nats)", "0", cell("kl"), "")
     if "objective" in told:
         table.add_row("J", cell("reward_pretrained"), cell("objective"), f"{cell('optimum')} = J*")
-        interval = f"[{cell('attained_low')}, {cell('attained_high')}]"
-        table.add_row("attained", "0", f"{cell('attained')} {interval}", "1")
-    interval = f"[{cell('frontier_share_low')}, {cell('frontier_share_high')}]"
-    table.add_row("frontier share", "", f"{cell('frontier_share')} {interval}", "1")
+        table.add_row("attained", "0", share("attained"), "1")
+    table.add_row("frontier share", "", share("frontier_share"), "1")
     table.add_row("diversity", cell("diversity_pretrained"), cell("diversity"), "")
     table.add_row("undecodable", "", cell("undecodable"), "")
     return table

@@ -150,8 +150,10 @@ class Supply:
             try:
                 with self._source() as ask:
                     return self._scored(number, ask)
-            except RayError as error:
-                if isinstance(error, RayTaskError) or loss == LOSSES - 1:
+            except RayTaskError as error:
+                raise error.cause from None  # the source's own, which another actor would repeat
+            except RayError:
+                if loss == LOSSES - 1:
                     raise
         raise AssertionError
 
