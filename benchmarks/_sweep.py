@@ -32,6 +32,7 @@ FRESH = (101, 102, 103, 104, 105)
 WHERE_READ = ("training.x_0_above=15", "training.lr=1e-2", "training.ema=0.995", "training.chains=2048")
 TARGETS: dict[str, tuple[str, ...]] = {  # what differs from the YAML; narrow stripes cannot be read at x0_hat early on
     "quadratic": ("reward=quadratic",),
+    "quadratic/x_0": ("reward=quadratic", "training.x_0_above=20"),
     "stripes/x0_hat": ("reward=stripes",),
     "stripes": ("reward=stripes", *WHERE_READ, "training.minibatch_size=256", "iterations=800", "evaluate.every=100"),
 }

@@ -44,7 +44,7 @@ CONFIGS: dict[str, type[DiffusionConfig]] = {"ppo": PPOConfig, "rwmle": RWMLECon
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 200, "lr": 5e-4, "chains": 512, "ema": 0.99},
     "rwmle": {"iterations": 200, "lr": 1e-3, "chains": 1024, "ema": 0.995},
-    "rgdm": {"iterations": 36, "lr": 1e-3, "ema": 0.97, "timestep_weight": "simple"},
+    "rgdm": {"iterations": 36, "lr": 1e-3, "ema": 0.97, "timestep_weight": "simple", "x_0_above": 20},
     "ceiling": {"iterations": 1000},
 }
 MAX_KL = (

@@ -1,6 +1,7 @@
 """Pairs (x_0, t): where they come from, what must be independent, and what a seed gives back."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from envs.toy.masked import MEANS, SPREAD, MaskedToy
 from rayft.bench import Bench
 from rayft.chain import Policy, expand, posterior_mean, reverse_process, sample
 from rayft.domain import Denoiser, Domain
-from rayft.payoff.pairs import draw_pairs, place
+from rayft.payoff.pairs import Aim, draw_pairs, place
 from rayft.schedule import linear
 from rayft.space import squared_norm
 
@@ -153,3 +154,15 @@ def test_a_seed_gives_the_same_x_t_and_centre_back(centre):
     x_t, x_tilde = place(*told, 77, centre)
     assert torch.equal(x_t, pairs.x_t) and torch.equal(x_tilde, pairs.centre)
     assert not torch.equal(place(*told, 78, centre)[0], pairs.x_t)
+
+
+def test_above_a_timestep_the_data_are_judged_and_below_it_the_candidates():
+    b = bench()
+    pairs = draw_pairs(b, 200, seeded(1), 2, "mean")
+    shift = 0.1 * torch.randn(200, 3, *pairs.x_0.shape[1:], dtype=torch.float64)
+    plain = Aim(3, (1.0,), "sigma", "x0_hat", "mean", "importance", 0, None)
+    told, all_read = (pairs.question(shift, aim).events for aim in (replace(plain, x_0_above=8), plain))
+    late = (pairs.t > 8).repeat_interleave(3)
+    assert 0 < late.sum() < len(late)
+    close(told[late], pairs.x_0.repeat_interleave(3, 0)[late])
+    close(told[~late], all_read[~late])

@@ -73,8 +73,8 @@ class Pairs:
             events = self.bench.reference.x0_hat(events, t - 1, context)
         if aim.x_0_above is None:
             return events
-        given = self.x_0.repeat_interleave(shift.shape[1], 0)
-        return torch.where(expand(t > aim.x_0_above, events).bool(), given, events)
+        given, late = self.x_0.repeat_interleave(shift.shape[1], 0), t > aim.x_0_above
+        return torch.where(late.reshape(-1, *[1] * (events.ndim - 1)), given, events)
 
 
 def place(
