@@ -263,22 +263,23 @@ def main() -> None:
     parser = _result.arguments(__doc__)
     parser.add_argument("--parts", type=Path, help="file that keeps finished runs: start again and it goes on")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than 0 to 4")
+    parser.add_argument("--grid", action="store_true", help="RGDM's grid alone; the picture stays as it is")
     told = parser.parse_args()
     torch.set_num_threads(1)
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     plan = QUICK if told.quick else Plan()
     plan = dataclasses.replace(plan, seeds=told.seeds) if told.seeds else plan
-    toy, result = Toy(plan), _result.Result("optimum")
+    toy, result = Toy(plan), _result.Result("optimum", partial=told.grid)
     ledger, frontier = Ledger(toy, plan, told.parts), evaluate.frontier(toy.rewards)
     lines, points = exact_rows(toy, result), []
-    for algorithm in ("ceiling", "ppo", "rwmle"):
+    for algorithm in () if told.grid else ("ceiling", "ppo", "rwmle"):
         more, found = attained_rows(ledger, algorithm, result)
         lines, points = lines + more, points + found
     cells, found = grid(ledger, frontier, result)
     tell(plan, result, lines, cells)
     folder = _result.folder(told)
     result.write(folder)
-    if folder is not None:
+    if folder is not None and not told.grid:
         _picture.write(folder / "optimum.svg", "The toy: reward against KL", frontier, points + found)
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,8 @@ BENCHES: dict[str, Callable[[bool], dict[str, _result.Figure]]] = {
     "wait": wait,
     "bank": bank,
     "sweep": _sweep.sweep,
-    "frontier": _sweep.frontier,
+    "quadratic": partial(_sweep.frontier, "quadratic"),
+    "stripes": partial(_sweep.frontier, "stripes"),
 }
 
 if __name__ == "__main__":

@@ -195,15 +195,20 @@ def banked(tree: Mapping[str, Any], space: Mapping[str, Distribution], folder: s
 
 
 def _radii(radius: Distribution, num_candidates: int) -> list[float]:
-    """What is listed; of a range, values with one ratio between them, as many as the candidates can be dealt to."""
+    """What is listed, where the candidates can be dealt to that many; else values with one ratio between them.
+
+    A bank can be read between the radii it holds, so the ends of a range, or of a list, are enough.
+    """
+    low, high = (float(end(radius.ends)) for end in (min, max))
     if radius.kind in LISTS:
-        return sorted({float(value) for value in radius.values})
-    low, high = (float(end) for end in radius.ends)
+        listed = sorted({float(value) for value in radius.values})
+        if num_candidates % len(listed) == 0 or low == 0:
+            return listed
     num = next(n for n in range(NUM_RADII, 0, -1) if num_candidates % n == 0)
     if num == 1:
         return [high]
     ratio = (high / max(low, high / 100)) ** (1 / (num - 1))
-    return sorted(high / ratio**i for i in range(num))
+    return sorted(float(f"{high / ratio**i:.12g}") for i in range(num))
 
 
 # -- checks

@@ -80,7 +80,7 @@ BAD = {
     "{space: {training.ema: {choice: [0, 0.9]}}, scheduler: pbt}": "(did you mean 'training.lr'?)",
     "{space: {seed: {choice: [0, 1]}}, bank: shared}": "seed is searched and decides what a pay-off bank holds",
     "space: {training.bank: {choice: [a, b]}}": "training.bank is searched",
-    "space: {training.radius: {choice: [0.5, 1.0, 1.5]}}": "with 3 radii it must be a multiple",
+    "space: {training.radius: {choice: [0, 1.0, 1.5]}}": "with 3 radii it must be a multiple",
 }
 
 
@@ -164,6 +164,8 @@ def test_a_shared_bank_holds_every_radius_of_the_space():
     np.testing.assert_allclose(drawn, [0.25, 0.5, 1.0, 2.0])  # four, because eight candidates cannot be dealt to five
     five = search.read(told("space: {training.radius: {uniform: [1, 16]}}", training={"num_candidates": 10}))
     np.testing.assert_allclose(five.banked("here")["training"]["radii"], [1, 2, 4, 8, 16])
+    three = search.read(told("space: {training.radius: {choice: [0.5, 1.0, 4.0]}}")).banked("here")["training"]["radii"]
+    assert three == [0.5, 1.0, 2.0, 4.0], "between shells every radius can be read; three cannot be dealt to"
 
 
 def test_a_bank_is_not_shared_where_trials_would_need_several():
