@@ -161,8 +161,12 @@ def test_above_a_timestep_the_data_are_judged_and_below_it_the_candidates():
     pairs = draw_pairs(b, 200, seeded(1), 2, "mean")
     shift = 0.1 * torch.randn(200, 3, *pairs.x_0.shape[1:], dtype=torch.float64)
     plain = Aim(3, (1.0,), "sigma", "x0_hat", "mean", "importance", 0, None)
-    told, all_read = (pairs.question(shift, aim).events for aim in (replace(plain, x_0_above=8), plain))
+    question, all_read = pairs.question(shift, replace(plain, x_0_above=8)), pairs.question(shift, plain).events
     late = (pairs.t > 8).repeat_interleave(3)
     assert 0 < late.sum() < len(late)
+    assert len(question.events) == 600 - 2 * int((pairs.t > 8).sum()), "one answer is enough for all candidates"
+    told = question.events[question.asked]
+    assert pairs.question(shift, plain).asked is None
+    close(pairs.question(shift, replace(plain, reward_at="x_0")).events, pairs.x_0)
     close(told[late], pairs.x_0.repeat_interleave(3, 0)[late])
     close(told[~late], all_read[~late])

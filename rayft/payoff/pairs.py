@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,6 +46,7 @@ class Question:
 
     events: Any  # [event, *shape]: torch where it is asked, numpy on the way
     context: dict[str, Any]
+    asked: np.ndarray | None = None  # [row * cand] -> event, where one answer is for several candidates
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,32 @@ class Pairs:
     context: dict[str, Any]
 
     def question(self, shift: Float[Tensor, "row cand *event"], aim: Aim) -> Question:
-        """The events that r is read at: candidates, the pretrained model's x_0 of them, or the data themselves."""
+        """The events that r is read at. Where those are the data themselves, one is asked for all candidates."""
         num = shift.shape[1]
         context = {k: v.repeat_interleave(num, 0) for k, v in self.context.items()}
-        if aim.reward_at == "x_0":
-            return Question(self.x_0.repeat_interleave(num, 0), context)
-        return Question(self.read(shift, aim, context), context)
+        events, late = self.read(shift, aim, context), self.late(aim).cpu().numpy()
+        if not late.any():
+            return Question(events, context)
+        kept = (~late[:, None] | (np.arange(num) == 0)).ravel()
+        chosen = torch.from_numpy(np.flatnonzero(kept)).to(events.device)
+        return Question(events[chosen], {k: v[chosen] for k, v in context.items()}, np.cumsum(kept) - 1)
 
     def read(self, shift: Tensor, aim: Aim, context: Context) -> Tensor:
-        """x_prev or x0_hat of candidates, differentiable in ``shift``; x_0 above the aim's timestep."""
-        events, t = (self.centre.unsqueeze(1) + shift).flatten(0, 1), self.t.repeat_interleave(shift.shape[1])
+        """Candidates, the pretrained model's x_0 of them (differentiable in ``shift``), or the data themselves."""
+        num, late = shift.shape[1], self.late(aim)
+        events = (self.centre.unsqueeze(1) + shift).flatten(0, 1)
         if aim.reward_at == "x0_hat":
-            events = self.bench.reference.x0_hat(events, t - 1, context)
-        if aim.x_0_above is None:
+            events = self.bench.reference.x0_hat(events, (self.t - 1).repeat_interleave(num), context)
+        if not late.any():
             return events
-        given, late = self.x_0.repeat_interleave(shift.shape[1], 0), t > aim.x_0_above
-        return torch.where(late.reshape(-1, *[1] * (events.ndim - 1)), given, events)
+        own = late.repeat_interleave(num).reshape(-1, *[1] * (events.ndim - 1))
+        return torch.where(own, self.x_0.repeat_interleave(num, 0), events)
+
+    def late(self, aim: Aim) -> Tensor:
+        """Rows whose reward is that of x_0."""
+        if aim.reward_at == "x_0":
+            return torch.ones_like(self.t, dtype=torch.bool)
+        return self.t > (aim.x_0_above or self.bench.reference.process.num_steps)
 
 
 def place(

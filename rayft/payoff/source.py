@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +37,11 @@ class _Making:
     seed: int
     search: Search
     num_calls: int = 0
+    asked: np.ndarray | None = None  # of the question that is out
+
+    def ask(self, question: Question) -> Question:
+        self.asked = question.asked
+        return Question(question.events.cpu().numpy(), {k: v.cpu().numpy() for k, v in question.context.items()})
 
 
 class Source:
@@ -54,8 +58,8 @@ class Source:
         seed = address(self.seed, number, "noise")
         pairs = draw_pairs(self.bench, self.shard_pairs, generator, seed, self.aim.centre)
         search = begin(pairs, self.aim, generator, self.slope)
-        self.making[number] = _Making(pairs, seed, search)
-        return _as_numpy(next(search))
+        making = self.making[number] = _Making(pairs, seed, search)
+        return making.ask(next(search))
 
     @torch.no_grad()
     def go_on(self, number: int, answer: Answer) -> Question | Shard:
@@ -63,7 +67,8 @@ class Source:
         making = self.making[number]
         making.num_calls += answer.num_calls
         try:
-            return _as_numpy(making.search.send(answer.columns()))
+            columns = answer.columns()
+            return making.ask(making.search.send(columns if making.asked is None else columns[making.asked]))
         except StopIteration as finished:
             found = finished.value
         del self.making[number]
@@ -81,10 +86,6 @@ class Source:
             parts={name: found.told[..., 1 + i] for i, name in enumerate(answer.parts)},
             num_calls=making.num_calls,
         )
-
-
-def _as_numpy(question: Question) -> Any:
-    return Question(question.events.cpu().numpy(), {k: v.cpu().numpy() for k, v in question.context.items()})
 
 
 def _array(values: torch.Tensor) -> np.ndarray:
