@@ -1,6 +1,7 @@
 """A bank read at another temperature or radius says what a bank drawn for it would have said."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,6 +239,15 @@ def test_failed_candidates_weigh_nothing_and_silent_timesteps_are_named():
     assert found.silent == [7]
     assert found.weight[0, 1] == 0 and found.weight[shard.t == 7].max() == 0
     assert np.isfinite(found.chains.x).all() and np.isfinite(found.chains.columns["weight"]).all()
+
+
+def test_candidates_that_share_a_reward_count_as_one():
+    b, early = bench(Normal(2)), aim(4, (1.0,))
+    late = replace(early, x_0_above=10)
+    told = [reading(b, made(b, one, 2000), one, temperature=1e6) for one in (early, late)]
+    assert sum(told[0].effective.values()) == pytest.approx(4 * 2000, rel=0.01)
+    num_late = int((told[1].chains.t[0] > 10).sum())
+    assert sum(told[1].effective.values()) == pytest.approx(4 * (2000 - num_late) + num_late, rel=0.01)
 
 
 def test_contexts_and_parts_travel_with_their_rows():

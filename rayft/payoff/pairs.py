@@ -39,6 +39,11 @@ class Aim:
     temperature: float | None  # that a search ends at, None for 0; importance does not know any
     x_0_above: int | None = None  # timestep past which the data are judged instead
 
+    def late(self, t: Any) -> Any:
+        """Where the reward is that of x_0, one for all candidates."""
+        first = 0 if self.reward_at == "x_0" else self.x_0_above
+        return t > (10**9 if first is None else first)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -64,7 +69,7 @@ class Pairs:
         """The events that r is read at. Where those are the data themselves, one is asked for all candidates."""
         num = shift.shape[1]
         context = {k: v.repeat_interleave(num, 0) for k, v in self.context.items()}
-        events, late = self.read(shift, aim, context), self.late(aim).cpu().numpy()
+        events, late = self.read(shift, aim, context), aim.late(self.t).cpu().numpy()
         if not late.any():
             return Question(events, context)
         kept = (~late[:, None] | (np.arange(num) == 0)).ravel()
@@ -73,7 +78,7 @@ class Pairs:
 
     def read(self, shift: Tensor, aim: Aim, context: Context) -> Tensor:
         """Candidates, the pretrained model's x_0 of them (differentiable in ``shift``), or the data themselves."""
-        num, late = shift.shape[1], self.late(aim)
+        num, late = shift.shape[1], aim.late(self.t)
         events = (self.centre.unsqueeze(1) + shift).flatten(0, 1)
         if aim.reward_at == "x0_hat":
             events = self.bench.reference.x0_hat(events, (self.t - 1).repeat_interleave(num), context)
@@ -81,12 +86,6 @@ class Pairs:
             return events
         own = late.repeat_interleave(num).reshape(-1, *[1] * (events.ndim - 1))
         return torch.where(own, self.x_0.repeat_interleave(num, 0), events)
-
-    def late(self, aim: Aim) -> Tensor:
-        """Rows whose reward is that of x_0."""
-        if aim.reward_at == "x_0":
-            return torch.ones_like(self.t, dtype=torch.bool)
-        return self.t > (aim.x_0_above or self.bench.reference.process.num_steps)
 
 
 def place(

@@ -96,7 +96,9 @@ def read(
     dead = ~np.isfinite(rewards).any(axis=1)
     asked = Counter(t.tolist())
     silent = sorted({n for n in asked if asked[n] * rewards.shape[1] >= MIN_ASKED} - set(t[~dead].tolist()))
-    effective = effective_size(weight, bin_of(t, process.num_steps))
+    single = aim.late(t)[:, None] & (np.arange(weight.shape[1]) > 0)  # candidates of one reward say one thing
+    worth = np.where(aim.late(t)[:, None], weight.mean(axis=1, keepdims=True), weight)
+    effective = effective_size(np.where(single, 0.0, worth), bin_of(t, process.num_steps))
     parts = {k.removeprefix(PART): v for k, v in rows.items() if k.startswith(PART)}
     return Reading(chains, weight, rewards, parts, effective, silent, running)
 
