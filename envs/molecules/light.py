@@ -61,7 +61,8 @@ class Layer(nn.Module):
 class LightEGNN(Denoiser):
     """Predicted v of molecules ``[batch, n, 3 + num_features]``, padded as ``context["mask"]`` [batch, n] says.
 
-    E(3)-equivariant in the coordinates, and a permutation of atoms permutes the answer.
+    E(3)-equivariant in the coordinates, and a permutation of atoms permutes the answer. Where ``num_properties`` is not
+    0, ``context["property"]`` [batch, num_properties] is told to every atom.
     """
 
     prediction = "v"
@@ -76,12 +77,13 @@ class LightEGNN(Denoiser):
         width: int = 96,
         num_layers: int = 6,
         num_distances: int = 16,
+        num_properties: int = 0,
     ) -> None:
         super().__init__()
-        self.max_atoms, self.num_steps = max_atoms, num_steps
+        self.max_atoms, self.num_steps, self.num_properties = max_atoms, num_steps, num_properties
         self.register_buffer("centres", torch.linspace(0, REACH, num_distances), persistent=False)
         self.register_buffer("waves", torch.pi / 8 * 2.0 ** torch.arange(NUM_WAVES), persistent=False)
-        self.embed = nn.Linear(num_features + 1 + max_atoms, width)
+        self.embed = nn.Linear(num_features + 1 + max_atoms + num_properties, width)
         self.time = nn.Linear(2 * NUM_WAVES, width)
         self.layers = nn.ModuleList(Layer(width, 2 * num_distances) for _ in range(num_layers))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, num_features)
@@ -91,7 +93,8 @@ class LightEGNN(Denoiser):
     def forward(self, x_t: Tensor, timestep: Tensor, context: Context) -> Tensor:
         mask = context["mask"].to(x_t.dtype)
         start, features = x_t[..., :3], x_t[..., 3:]
-        h = self.embed(torch.cat([FEATURE_SCALE * features, *self._told(mask)], -1)) + self.time(self._waves(timestep))
+        h = self.embed(torch.cat([FEATURE_SCALE * features, *self._told(mask, context)], -1))
+        h = h + self.time(self._waves(timestep))
         real = mask.unsqueeze(1) * mask.unsqueeze(2) * (1 - torch.eye(mask.shape[1], device=mask.device))
         x, first = start, self._gaussians(start)
         for layer in self.layers:
@@ -99,10 +102,11 @@ class LightEGNN(Denoiser):
         out = torch.cat([x - start, self.out(self.norm(h)).to(x.dtype)], -1)
         return SPACE.project(out, context)
 
-    def _told(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What is the same for all atoms of a molecule: that they are real, and how many there are."""
-        size = one_hot(mask.sum(1).long().clamp(min=1) - 1, self.max_atoms).to(mask.dtype)
-        return mask.unsqueeze(-1), size.unsqueeze(1).expand(-1, mask.shape[1], -1)
+    def _told(self, mask: Tensor, context: Context) -> list[Tensor]:
+        """What is the same for all atoms of a molecule: how many there are, and what it shall be like."""
+        told = [one_hot(mask.sum(1).long().clamp(min=1) - 1, self.max_atoms).to(mask.dtype)]
+        told += [context["property"].to(mask.dtype)] if self.num_properties else []
+        return [mask.unsqueeze(-1), *(row.unsqueeze(1).expand(-1, mask.shape[1], -1) for row in told)]
 
     def _waves(self, timestep: Tensor) -> Float[Tensor, "batch 1 waves"]:
         angle = (timestep.to(self.waves.dtype) / self.num_steps).unsqueeze(-1) * self.waves

@@ -58,7 +58,7 @@ def parse(sample: Any) -> Mol | None:
             chem.SanitizeMol(mol)
             if _has_geometry(mol):
                 chem.AssignStereochemistryFrom3D(mol)
-            mol = chem.RemoveHs(mol)
+            mol = chem.RemoveHs(mol, _all_hydrogens())
         except (ValueError, RuntimeError):
             return None
     else:
@@ -128,6 +128,14 @@ def embed(smiles: str) -> Mol:
     elif fields.UFFHasAllMoleculeParams(mol):
         fields.UFFOptimizeMolecule(mol, maxIters=1000)
     return mol
+
+
+@cache
+def _all_hydrogens() -> Any:
+    """Also those that say on which side of an imine they are: its SMILES, and so its SA, should not depend on them."""
+    found = need("rdkit.Chem", "molecules").RemoveHsParameters()
+    found.removeDefiningBondStereo = True
+    return found
 
 
 def _has_geometry(mol: Any) -> bool:
