@@ -13,11 +13,12 @@ from rayft.settings import explain
 from rayft.spec import algorithm, known_algorithms
 
 BAD = Path(__file__).with_name("bad_rewards.py")
-WORLDS = {"toy": "quadratic", "toy_masked": "spread"}
+WORLDS = {"toy": "quadratic", "toy_masked": "spread", "molecules": "weight"}
+TOLD = {"molecules": {"data": str(Path(__file__).parent / "golden/molecules/dsgdb9nsd")}}  # not all of QM9
 
 
 def small(name, world="toy", reward=None, **training):
-    config = algorithm(name)().domain(world).reward(reward or WORLDS[world])
+    config = algorithm(name)().domain(world, **TOLD.get(world, {})).reward(reward or WORLDS[world])
     told = {"chains": 64, "minibatch_size": 64, **training}
     return config.training(**told).chain(num_steps=10).evaluate(every=0, chains=64, pretrained_chains=256)
 
