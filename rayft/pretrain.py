@@ -1,55 +1,42 @@
-"""``rayft pretrain``: plain denoising on a domain's data, the first line of R's Algorithm 1.
+"""``rayft pretrain``: plain denoising on a domain's data, the first line of R's Algorithm 1, from YAML to a card.
 
-    L = E_{x_0, t, noise} |target - network(x_t, t)|^2,    target = noise, x_0 or v = sqrt(ab) noise - sqrt(1 - ab) x_0
+    runs/NAME/  weights.safetensors  card.json  metrics.csv  state.pt
 
-Every batch has its own address, so a resumed training sees the batches it would have seen.
+The weights are the moving average; the card says all that made them, and what they are worth.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.progress import Progress
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save
 
 from rayft import domain as domains
 from rayft import imports, store
-from rayft.chain import expand, forward_noise
-from rayft.schedule import Schedule
+from rayft.bench import Bench
+from rayft.chain import Policy, reverse_process, sample
+from rayft.denoise import PretrainSettings, Sampled, denoising_loss
 from rayft.seeds import torch_generator
-from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, check, sentence
-from rayft.space import squared_norm
+from rayft.settings import CountOrZero, check, sentence
 from rayft.spec import FolderName, Named, load_tree, override, split
+from rayft.ticker import Ticker
+from rayft.training import Training
 
+MEASURED = 4096  # events of the stored weights' own loss
+CHAINS = 256  # sampled at a time: every x_t of a chain is held meanwhile
 
-@dataclass(frozen=True)
-class PretrainSettings:
-    """Numbers of a denoising training."""
-
-    __pydantic_config__ = STRICT
-
-    steps: Count = 10_000
-    """Optimizer steps."""
-    batch_size: Count = 1024
-    """Events per step."""
-    lr: Positive = 2e-3
-    """AdamW's first step size; it falls to nothing along half a cosine."""
-    weight_decay: NonNegative = 0.0
-    """AdamW's weight decay."""
-    grad_clip: Positive | None = 1.0
-    """Largest norm of one step's gradient."""
-    ema: Share = 0.999
-    """Decay of the average of the weights, which is what is kept."""
-    checkpoint_every: Count = 1000
-    """Steps between states that ``--resume`` can go on from."""
+Metrics = Callable[[list[Any]], Mapping[str, float]]
 
 
 class PretrainSpec(BaseModel):
@@ -63,9 +50,16 @@ class PretrainSpec(BaseModel):
     seed: CountOrZero = 0
     output: str = "runs"
 
+    def settings(self) -> PretrainSettings:
+        """The checked numbers."""
+        told = dict(self.pretrain)
+        if isinstance(told.get("evaluate"), Mapping):
+            told["evaluate"] = check("pretrain.evaluate", Sampled, told["evaluate"])
+        return check("pretrain", PretrainSettings, told)
 
-def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
-    """Reads the YAML, trains, and says where the weights are."""
+
+def read(file: str, overrides: Sequence[str]) -> PretrainSpec:
+    """The spec in a file or a shipped config, with overrides on top."""
     tree, name = load_tree(file)
     tree = override({"name": name, **tree}, overrides)
     for key in tree:
@@ -73,85 +67,107 @@ def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
             hint = imports.nearest(key, PretrainSpec.model_fields)
             raise ValueError(f"no key {key!r}{hint}; a pretraining has {', '.join(PretrainSpec.model_fields)}")
     try:
-        spec = PretrainSpec.model_validate({k: v for k, v in tree.items() if v is not None})
+        return PretrainSpec.model_validate({k: v for k, v in tree.items() if v is not None})
     except ValidationError as error:
         raise ValueError(sentence("", error)) from None
-    settings = check("pretrain", PretrainSettings, spec.pretrain)
+
+
+def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
+    """Reads the YAML, trains, and says where the weights are; exit 130 after Ctrl-C."""
+    spec = read(file, overrides)
+    settings = spec.settings()
     domain = domains.build(*split(spec.domain, "domain"))
-    folder = Path(spec.output) / spec.name
+    metrics = None if settings.evaluate is None else metrics_of(domain)
     domains.try_out(domain)
-    weights, loss = train(domain, settings, spec.seed, folder / "state.pt", resume, quiet)
-    out = folder / "weights.safetensors"
-    save_file(weights, out)
-    card = {"domain": spec.domain, "pretrain": asdict(settings), "seed": spec.seed, "loss": loss}
-    store.write_text(folder / "card.json", json.dumps({**card, "versions": store.versions()}, indent=1))
-    return f"weights in {out}, last mean loss {loss:.4f}"
+    training = Training(domain, settings, spec.seed, Path(spec.output) / spec.name, spec.domain)
+    if not training.run(resume, quiet):
+        command = shlex.join(["rayft", "pretrain", file, *overrides, "--resume"])
+        print(f"saved at step {training.step} of {settings.steps}; continue with: {command}", file=sys.stderr)
+        raise SystemExit(130)
+    out, card = finish(training, spec)
+    if settings.evaluate is not None and metrics is not None:
+        card["metrics"] = evaluated(training, settings.evaluate.num, metrics, quiet)
+        write_card(training.folder, card)
+    return f"weights in {out}, last mean loss {training.loss:.4f}"
 
 
-def target(prediction: str, schedule: Schedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What a network of this kind should say at x_t."""
-    if prediction == "eps":
-        return noise
-    if prediction == "x0":
-        return x_0
-    ab = schedule.alpha_bar[t]
-    return expand(ab.sqrt(), x_0) * noise - expand((1 - ab).sqrt(), x_0) * x_0
+def finish(training: Training, spec: PretrainSpec) -> tuple[Path, dict[str, Any]]:
+    """Writes the averaged weights and their card, and puts them, as stored, into the averaged network."""
+    settings, net = training.settings, training.learner.average
+    assert net is not None
+    out = training.folder / "weights.safetensors"
+    dtype = getattr(torch, settings.weights_dtype)
+    kept = {k: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in net.state_dict().items()}
+    large = [k for k, v in kept.items() if not bool(v.isfinite().all())]
+    if large:
+        what = f"{large[0]} does not fit pretrain.weights_dtype {settings.weights_dtype}"
+        raise ValueError(f"{what}: resume with another; the state is kept")
+    out.with_suffix(".tmp").write_bytes(save({k: v.contiguous().clone() for k, v in kept.items()}))
+    out.with_suffix(".tmp").replace(out)
+    domains.load_weights(net, out)
+    card = {
+        "domain": spec.domain,
+        "pretrain": asdict(settings),
+        "seed": spec.seed,
+        "steps": training.step,
+        "loss": training.loss,
+        "weights_loss": own_loss(training),
+        "valid_loss": training.table.last("valid_loss", math.nan),
+        "seconds": training.seconds,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(training.learner.device),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+        "versions": store.versions(),
+    }
+    card = {k: v for k, v in card.items() if v == v}  # without a held-out loss that there is not
+    write_card(training.folder, card)
+    return out, card
 
 
-def train(
-    domain: domains.Domain, settings: PretrainSettings, seed: int, state: Path, resume: bool, quiet: bool
-) -> tuple[dict[str, Tensor], float]:
-    """(averaged weights, mean loss over the last hundred steps)."""
-    torch.manual_seed(seed)
-    schedule, net = domain.schedule(), domain.denoiser()
-    if domain.data(1, torch_generator(seed, 0, "pretrain")) is None:
-        raise ValueError(f"{type(domain).__name__} has no data set to pretrain on: implement Domain.data")
-    average = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    first, recent = 0, []
-    if resume:
-        if not state.is_file():
-            raise ValueError(f"nothing to resume: no {state}")
-        try:
-            found = torch.load(state, weights_only=True)
-            net.load_state_dict(found["net"])
-            optimizer.load_state_dict(found["optimizer"])
-        except Exception:
-            raise ValueError(f"{state} is damaged or of another network; start again without --resume") from None
-        average, first, recent = found["average"], found["step"], found["recent"]
-    state.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(disable=quiet, transient=True) as progress:
-        bar = progress.add_task("pretrain", total=settings.steps, completed=first)
-        for step in range(first, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-            loss = denoising_loss(domain, schedule, net, settings.batch_size, torch_generator(seed, step, "pretrain"))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), settings.grad_clip or float("inf"))
-            optimizer.step()
-            decay = min(settings.ema, (1 + step) / (10 + step))
-            for key, value in net.state_dict().items():
-                average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
-            recent = [*recent[-99:], loss.item()]
-            progress.update(bar, advance=1)
-            if (step + 1) % settings.checkpoint_every == 0:
-                told = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-                torch.save({**told, "step": step + 1, "recent": recent}, state.with_suffix(".tmp"))
-                state.with_suffix(".tmp").replace(state)
-    return average, sum(recent) / max(len(recent), 1)
+def own_loss(training: Training) -> float:
+    """The averaged weights' loss on fresh events of the data."""
+    domain, size, net = training.domain, training.settings.batch_size, training.learner.average
+    assert net is not None
+    pieces = range(math.ceil(MEASURED / size))
+    told = domain, domain.schedule(), net, size
+    with torch.no_grad():
+        losses = [float(denoising_loss(*told, torch_generator(training.seed, n, "card"))) for n in pieces]
+    return sum(losses) / len(losses)
 
 
-def denoising_loss(
-    domain: domains.Domain, schedule: Schedule, net: domains.Denoiser, batch_size: int, generator: torch.Generator
-) -> Tensor:
-    """One batch, one t each; mean over the space's axes."""
-    found = domain.data(batch_size, generator)
-    assert found is not None
-    x_0, context = found
-    t = torch.randint(1, schedule.num_steps + 1, (len(x_0),), generator=generator)
-    noise = domain.space.project(torch.randn(x_0.shape, generator=generator), context)
-    x_t = forward_noise(schedule, x_0, t, noise)
-    wrong = domain.space.project(net(x_t, schedule.timestep[t], context), context)
-    wrong = wrong - target(net.prediction, schedule, x_0, noise, t)
-    return (squared_norm(wrong) / domain.space.dim(x_0, context)).mean()
+def metrics_of(domain: domains.Domain) -> Metrics:
+    """The domain's measure of its decoded samples."""
+    if domain.metrics is None:
+        what = f"pretrain.evaluate needs metrics and {type(domain).__name__} has none"
+        raise ValueError(f"{what}: set Domain.metrics, or leave pretrain.evaluate out")
+    return imports.load(domain.metrics)
+
+
+def evaluated(training: Training, num: int, metrics: Metrics, quiet: bool) -> dict[str, float]:
+    """The domain's metrics of ``num`` samples of the averaged weights' reverse chain."""
+    domain, net, device = training.domain, training.learner.average, training.learner.device
+    assert net is not None
+    policy = Policy(net, reverse_process(domain.schedule()), domain.space, net.prediction)
+    bench, samples = Bench(domain, policy, policy, device, torch.float32), []
+    with Ticker("sample", num, 0, quiet) as ticker:
+        for start in range(0, num, CHAINS):
+            generator = torch_generator(training.seed, start, "evaluate")
+            x_T, context = bench.start(min(CHAINS, num - start), generator)  # noqa: N806
+            x_0 = sample(policy, x_T, context, generator).x_0
+            told = {k: v.cpu().numpy() for k, v in context.items()}
+            samples += domains.decoded(domain, x_0.cpu().numpy(), told)
+            ticker.tick(len(samples), {})
+    try:
+        return {k: float(v) for k, v in metrics(samples).items()}
+    except Exception as error:
+        what = f"{domain.metrics} failed on {num} samples: {imports.reason(error)}"
+        raise ValueError(f"{what}; the weights are in {training.folder}") from error
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    store.write_text(folder / "card.json", json.dumps(card, indent=1))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
