@@ -11,7 +11,7 @@ PYTEST_FLAGS ?=
 .PHONY: help install demo test test-slow lint types layers check bench clean
 
 help:
-	@echo 'make demo       install, then fine-tune the toy model and write a report under runs/'
+	@echo 'make demo       install, then raise the QED of a molecule model and write a report under runs/'
 	@echo 'make test       install, then run the tests (test-slow: the long ones)'
 	@echo 'make check      lint, types and import layers, each a target of its own'
 	@echo 'make bench      every benchmark; BENCH_FLAGS=--quick for a short one, BENCHMARKS=name for one'
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py
 	@touch $@
 
 demo: install
-	$(BIN)/rayft run toy_ppo
+	$(BIN)/rayft run molecules_demo
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=10 $(PYTEST_FLAGS)

@@ -9,16 +9,18 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from rayft.arguments import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``rayft``."""
     try:
-        arguments = _parse(argv)
-        return arguments.command(arguments)
+        told = parse(COMMANDS, argv)
+        return told.command(told)
     except ValueError as error:
         return _refuse(getattr(error, "cause", error))  # what an actor raised comes wrapped in its own traceback
     except BrokenPipeError:
@@ -171,17 +173,19 @@ def evaluate(told: argparse.Namespace) -> int:
 
 
 def sample(told: argparse.Namespace) -> int:
-    """Draw finished events from a checkpoint into an .npz."""
-    import numpy as np
+    """Draw finished events from a checkpoint, or from a domain's pretrained model."""
+    from rayft import sampling
 
-    from rayft import store
-    from rayft.offline import sampled
-
+    scored = told.score or told.reward is not None
+    if told.top is not None and not scored:
+        raise ValueError("--top takes the highest scores: add --score, or --reward NAME")
+    source = sampling.find(told.source, scored, told.reward, told.overrides, told.num_steps)
     out = _writable(Path(told.out))
-    columns = sampled(store.load(Path(told.checkpoint)), told.num, told.seed, told.score)
-    with out.open("wb") as file:  # given a path, numpy would add .npz to it
-        np.savez_compressed(file, allow_pickle=False, **columns)
-    print(f"{told.num} samples in {out}: {', '.join(columns)}")
+    write = sampling.writer(source.domain, out)
+    drawn = sampling.draw(source, told.num, told.seed)
+    if told.top is not None:
+        drawn = sampling.best(source.domain, drawn, told.top)
+    print(sampling.save(source.domain, drawn, out, write, whole=told.top is None))
     return 0
 
 
@@ -282,117 +286,15 @@ def doctor(told: argparse.Namespace) -> int:
 
 def _writable(path: Path) -> Path:
     folder = path.resolve().parent
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a device"
+        raise ValueError(f"cannot write {path}: it is {kind}; give the name of a file")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write {path}: {folder} is missing or not writable")
     return path
 
 
-class _Parser(argparse.ArgumentParser):
-    """A command line that is amiss is a user's mistake like any other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    told, rest = parser.parse_known_args(argv)  # key=value may also follow an option, which argparse forgets
-    if rest and (not hasattr(told, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.error(f"not understood: {' '.join(rest)}")
-    if rest:
-        told.overrides += rest
-    return told
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rayft", description="Fine-tune diffusion models with RL on Ray.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        name = command.__name__
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
-        sub.set_defaults(command=command)
-        return sub
-
-    sub = add(run)
-    sub.add_argument("file", nargs="?", help="YAML, Python file with a `spec`, or shipped config (`rayft configs`)")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=1e-4 seed=3")
-    sub.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue RUN, or the newest of this name")
-    sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
-    sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
-    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
-    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
-
-    sub = add(tune)
-    sub.add_argument("file", nargs="?", help="a run's YAML with a `search:` block, or a shipped config")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example search.trials=8")
-    sub.add_argument("--resume", nargs="?", const=True, metavar="SWEEP", help="continue SWEEP, or the newest so named")
-    sub.add_argument("--dry-run", action="store_true", help="print the checked search and what it needs; start nothing")
-    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
-    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
-
-    sub = add(evaluate)
-    sub.add_argument("checkpoint", help="a run folder (its best checkpoint) or a checkpoint folder")
-    sub.add_argument("--chains", type=_count, default=4096)
-    sub.add_argument("--pretrained-chains", type=_count, default=16384)
-    sub.add_argument("--alpha", type=_positive, default=None, help="temperature of J and J*; the run's own by default")
-    sub.add_argument("--seed", type=_seed, default=0)
-    sub.add_argument("--json", action="store_true")
-
-    sub = add(sample)
-    sub.add_argument("checkpoint")
-    sub.add_argument("--num", type=_count, default=256)
-    sub.add_argument("--out", default="samples.npz")
-    sub.add_argument("--seed", type=_seed, default=0)
-    sub.add_argument("--score", action="store_true", help="add the run's reward of each sample")
-
-    sub = add(score)
-    sub.add_argument("what", nargs="?", help="a number of the pretrained model's samples, a file of samples, or a YAML")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example reward.receptor=x.pdbqt")
-    sub.add_argument("--reward", help="short name, package.module:Name or ./file.py:Name")
-    sub.add_argument("--domain", help="whose pretrained model, where no YAML is given (toy)")
-    sub.add_argument("--num", type=_count, default=512, help="samples of a YAML's pretrained model (512)")
-    sub.add_argument("--seed", type=_seed, default=0)
-    sub.add_argument("--json", action="store_true")
-
-    sub = add(export)
-    sub.add_argument("checkpoint")
-    sub.add_argument("out", help=".safetensors or .pt")
-
-    add(report).add_argument("run")
-
-    sub = add(pretrain)
-    sub.add_argument("file")
-    sub.add_argument("overrides", nargs="*", metavar="key=value")
-    sub.add_argument("--resume", action="store_true")
-    sub.add_argument("--quiet", action="store_true")
-
-    add(configs).add_argument("--copy", metavar="FOLDER", help="copy the YAMLs there")
-    add(doctor)
-    return parser
-
-
-def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} should be a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
-    return int(text)
-
+COMMANDS = (run, tune, evaluate, sample, score, export, report, pretrain, configs, doctor)
 
 if __name__ == "__main__":
     sys.exit(main())

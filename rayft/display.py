@@ -95,7 +95,7 @@ def before_after(told: Mapping[str, float]) -> Table:
         return f"{cell(name)} [{cell(f'{name}_low')}, {cell(f'{name}_high')}]" if cell(name) != "-" else "-"
 
     table.add_row("reward", cell("reward_pretrained"), cell("reward"), "")
-    for kind in ("part", "watch"):
+    for kind in ("part", "watch", "metric"):
         for name in (name for name in told if name.startswith(f"{kind}/") and f"{name}_pretrained" in told):
             label = f"{kind}: {name.removeprefix(f'{kind}/')}"
             table.add_row(escape(label), cell(f"{name}_pretrained"), cell(name), "")

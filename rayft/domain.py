@@ -10,7 +10,8 @@ import inspect
 import reprlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
@@ -40,6 +41,16 @@ class Denoiser(nn.Module, ABC):
         return self
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Samples of one model as the report has them."""
+
+    x_0: np.ndarray  # [sample, *event]
+    context: Mapping[str, np.ndarray]  # [sample, ...]
+    rewards: np.ndarray  # [sample], NaN where scoring failed
+    samples: Sequence[Any]  # as the decoder gives them; None where it finds none, or scoring failed
+
+
 class Domain(ABC):
     """A world of events. Subclasses set the class attributes and implement the two abstract methods."""
 
@@ -48,6 +59,8 @@ class Domain(ABC):
     rewards: Mapping[str, str] = {}  # short name -> import path of a reward
     decoder: str = "rayft.reward:as_arrays"  # (x_0, context) -> one sample per event, None where there is none
     canonical: str = "rayft.reward:itself"  # sample -> all that tells it from others, as str, number or array
+    formats: Mapping[str, str] = {}  # file suffix -> import path of write(path, samples, columns) -> how many it wrote
+    metrics: str | None = None  # import path of (samples) -> {name: number}, beside every evaluation
 
     @abstractmethod
     def schedule(self) -> Schedule:
@@ -72,6 +85,15 @@ class Domain(ABC):
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         """A plotly figure of events side by side (before, after, optimum), for the report; ``None`` to leave it out."""
         return None
+
+    def page(self, panels: Mapping[str, Panel]) -> dict[str, str]:
+        """Title -> HTML of sections for the report, of "pretrained" and, once evaluated, "fine-tuned" samples.
+
+        Each stands alone: no file, no network, no script, and every user's word escaped. An element with
+        ``data-figures``, a JSON list of {name, data, layout} as plotly.js reads them, becomes those figures, one at a
+        time and chosen by name; ``var(--run)`` in them is a colour of the page, as in page.css.
+        """
+        return {}
 
 
 class PlainDenoiser(Denoiser):
@@ -163,6 +185,14 @@ def try_out(domain: Domain, weights: str | None = None) -> None:
     if not isinstance(out, Tensor) or out.shape != x_t.shape:
         given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"the network gives {given} for x_t of shape {tuple(x_t.shape)}; it should keep the shape")
+
+
+def decoded(domain: Domain, x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> list[Any]:
+    """The samples as rewards are given them, decoded in this process; ``None`` where there is none."""
+    found = list(imports.load(domain.decoder)(x_0, context))
+    if len(found) != len(x_0):
+        raise ValueError(f"{domain.decoder} returned {len(found)} samples for {len(x_0)} events; return one for each")
+    return found
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:

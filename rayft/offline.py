@@ -1,16 +1,17 @@
-"""What can be done with a checkpoint without Ray and without its pickles: sample, judge, export."""
+"""What can be done with a checkpoint without Ray and without its pickles: judge, export, and score what it draws."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from rayft.aggregate import Recipe
 from rayft.compose import recipe
+from rayft.domain import Domain
 from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained
 from rayft.rewards.service import RewardService
 from rayft.rewards.settings import ScoringSettings
@@ -18,8 +19,6 @@ from rayft.seeds import torch_generator
 from rayft.settings import check
 from rayft.store import Checkpoint
 from rayft.verdict import Verdict, judge, remember
-
-BATCH = 4096
 
 
 def judged(checkpoint: Checkpoint, chains: int, pretrained: int, alpha: float | None, seed: int) -> Verdict:
@@ -37,20 +36,6 @@ def judged(checkpoint: Checkpoint, chains: int, pretrained: int, alpha: float | 
             scores = rewards.score(drawn.events, drawn.context, purpose, watch=True)
             samples.append(remember(bench.domain, drawn, scores))
     return judge(samples[0], samples[1], alpha)
-
-
-def sampled(checkpoint: Checkpoint, num: int, seed: int, score: bool) -> dict[str, np.ndarray]:
-    """x_0 and context of ``num`` samples, in bounded batches, with their rewards where asked for."""
-    bench = checkpoint.bench()
-    parts: list[dict[str, np.ndarray]] = []
-    with _rewards(checkpoint) if score else contextlib.nullcontext() as rewards:
-        for start in range(0, num, BATCH):
-            drawn = _batch(bench, draw_current, min(BATCH, num - start), torch_generator(seed, start, "sample"))
-            part = {"x_0": drawn.events, **{f"context/{k}": v for k, v in drawn.context.items()}}
-            if rewards is not None:
-                part["reward"] = rewards.score(drawn.events, drawn.context, "evaluate").rewards
-            parts.append(part)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def exported(checkpoint: Checkpoint, out: Path) -> Path:
@@ -72,15 +57,19 @@ def _batch(bench: Any, draw: DrawFunction, count: int, generator: torch.Generato
     return draw(bench, count, generator, {}).numpy()
 
 
-@contextlib.contextmanager
-def _rewards(checkpoint: Checkpoint) -> Iterator[RewardService]:
-    """The run's rewards, beside this process, as they were fitted."""
+def _rewards(checkpoint: Checkpoint) -> contextlib.AbstractContextManager[RewardService]:
+    """The run's rewards, as they were fitted."""
     told, domain = checkpoint.card["config"], checkpoint.domain()
     arguments = {k: v for k, v in told["reward"].items() if k != "name"}
     made = recipe(told["reward"]["name"], arguments, told.get("watch"), domain.rewards)
-    made = made.with_state(checkpoint.card.get("recipe", made.state()))
-    settings = check("scoring", ScoringSettings, {**told["scoring"], "actors": 0, "min_actors": None})
-    service = RewardService(made, domain.decoder, domain.canonical, domain.rewards, settings)
+    return scoring(made.with_state(checkpoint.card.get("recipe", made.state())), domain, told["scoring"])
+
+
+@contextlib.contextmanager
+def scoring(recipe: Recipe, domain: Domain, told: Mapping[str, Any]) -> Iterator[RewardService]:
+    """These rewards, beside this process."""
+    settings = check("scoring", ScoringSettings, {**told, "actors": 0, "min_actors": None})
+    service = RewardService(recipe, domain.decoder, domain.canonical, domain.rewards, settings)
     try:
         service.start()
         yield service

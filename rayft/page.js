@@ -21,3 +21,29 @@ function put(node, make) {
 const column = (rows, i) => rows.map(row => row[i]);
 const line = (x, y, style, more) => ({type: 'scatter', mode: 'lines', x, y, line: style, hoverinfo: 'skip', ...more});
 const note = (x, y, text, more) => ({x, y, text, showarrow: false, font: {color: colour('soft')}, ...more});
+
+function themed(told) {
+  if (typeof told === 'string') return told.replace(/var\(--(\w+)\)/g, (all, name) => colour(name));
+  if (Array.isArray(told)) return told.length && typeof told[0] === 'number' ? told : told.map(themed);
+  return told && typeof told === 'object' ? Object.fromEntries(Object.entries(told).map(([key, value]) => [key, themed(value)])) : told;
+}
+
+function exhibit(node) {
+  const all = JSON.parse(node.dataset.figures), make = (kind, name) => Object.assign(document.createElement(kind), {className: name});
+  const plot = make('div', 'plot'), choice = make('div', 'choice');
+  const show = i => {
+    node.dataset.shown = i;
+    choice.childNodes.forEach((button, k) => button.setAttribute('aria-pressed', k === i));
+    const {data, layout} = all[i];
+    put(plot, () => themed({data, layout: {...layout}}));
+  };
+  all.forEach((figure, i) => {
+    const button = make('button', '');
+    button.textContent = figure.name;
+    button.onclick = () => show(i);
+    choice.append(button);
+  });
+  choice.hidden = all.length < 2;
+  node.replaceChildren(choice, plot);
+  show(Number(node.dataset.shown || 0));
+}

@@ -251,25 +251,28 @@ def elapsed(found: Found) -> float | None:
 
 
 def histogram(found: Found) -> dict[str, Any] | None:
-    """Shares of samples by reward. The ends hold what lies beyond them, so that outliers do not squeeze the rest."""
-    if found.pretrained is None:
+    """Shares of samples by reward. The ends hold what lies beyond them, so that outliers do not squeeze the rest.
+
+    Undecodable samples count, and are in no bin: what they score is a constant, which would stand out as a peak.
+    """
+    sets = {"before": found.pretrained, "run": found.policy}
+    told = {name: one for name, one in sets.items() if one is not None}
+    drawn = [one.rewards[np.isfinite(one.rewards) & ~one.undecodable] for one in told.values()]
+    if found.pretrained is None or not sum(map(len, drawn)):
         return None
-    sets = {"before": found.pretrained.rewards}
-    if found.policy is not None:
-        sets["run"] = found.policy.rewards
-    finite = np.concatenate([r[np.isfinite(r)] for r in sets.values()])
-    low, high = np.percentile(finite, [0.1, 99.9])
+    low, high = np.percentile(np.concatenate(drawn), [0.1, 99.9])
     edges = np.linspace(low, high, NUM_BINS + 1) if high > low else np.linspace(low - 0.5, low + 0.5, NUM_BINS + 1)
 
-    def shares(rewards: np.ndarray, weights: np.ndarray) -> list[float]:
-        kept = np.isfinite(rewards)
-        counts, _ = np.histogram(rewards[kept].clip(low, high), edges, weights=weights[kept])
-        return (counts / counts.sum()).tolist()
+    def shares(samples: Samples, weights: np.ndarray) -> list[float]:
+        scored = np.isfinite(samples.rewards)
+        kept = scored & ~samples.undecodable
+        counts, _ = np.histogram(samples.rewards[kept].clip(low, high), edges, weights=weights[kept])
+        return (counts / weights[scored].sum()).tolist()
 
-    told = {name: shares(rewards, np.ones(len(rewards))) for name, rewards in sets.items()}
+    bars = {name: shares(one, np.ones(len(one.rewards))) for name, one in told.items()}
     if found.tilt is not None and found.alpha is not None:
-        told["best"] = shares(found.pretrained.rewards, _weights(found.pretrained, found.alpha))
-    return {"edges": edges.tolist(), **told}
+        bars["best"] = shares(found.pretrained, _weights(found.pretrained, found.alpha))
+    return {"edges": edges.tolist(), **bars}
 
 
 def mean(values: np.ndarray, where: np.ndarray | None = None) -> Estimate:

