@@ -24,15 +24,6 @@ BEFORE = ["CCO", "CC#N", "C=CC", "CC(=O)N", "CCCO", "CCCO"]
 AFTER = ["CCCO", "OCC(C)(C)CN", "OCC(C)(C)CN", "C[C@H](O)CF"]
 
 
-class Shown(Molecules):
-    """The shipped model, with the sections and the numbers of this test."""
-
-    metrics = "envs.molecules.render:numbers"
-
-    def page(self, panels):
-        return render.sections(panels)
-
-
 def panel(smiles, rewards, broken=()):
     x_0, context = events(smiles, broken)
     return Panel(x_0, context, np.array(rewards, dtype=float), heavy(x_0, context))
@@ -226,7 +217,7 @@ def test_a_few_numbers_tell_how_good_a_set_is(panels):
 
 
 def test_the_report_of_a_run_shows_its_molecules(panels, tmp_path):
-    run, world = make_run(tmp_path / "run", size=20), Shown()
+    run, world = make_run(tmp_path / "run", size=20), Molecules()
     for name, one in zip(("pretrained", "iteration_000030"), panels.values(), strict=True):
         n, blank = 40, np.array([sample is None for sample in one.samples])
         rewards, undecodable = np.resize(one.rewards, n), np.resize(blank, n)

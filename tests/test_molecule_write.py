@@ -40,12 +40,6 @@ def events(smiles, broken=()):
     return x_0, {"mask": mask}
 
 
-class Drawn(Molecules):
-    """The shipped model, with the files that are written here."""
-
-    formats = write.FORMATS
-
-
 @pytest.fixture(scope="module")
 def made():
     """(samples, columns) of the molecules above; the third is undecodable, the fifth has no score."""
@@ -135,10 +129,10 @@ def test_a_smi_has_a_molecule_and_its_name_on_each_line(made, tmp_path):
     assert path.read_text().startswith("CCO sample_7\n")
 
 
-@pytest.mark.parametrize("suffix", write.FORMATS)
+@pytest.mark.parametrize("suffix", Molecules.formats)
 def test_where_nothing_can_be_decoded_the_file_is_whole(suffix, tmp_path):
     path = tmp_path / f"none{suffix}"
-    name = write.FORMATS[suffix].partition(":")[2]
+    name = Molecules.formats[suffix].partition(":")[2]
     written = getattr(write, name)(path, [None, None], {"index": np.arange(2), "reward": np.zeros(2)})
     assert written == (2 if suffix in (".csv", ".parquet") else 0)
     assert path.is_file()
@@ -154,7 +148,7 @@ def test_writing_and_drawing_load_neither_torch_nor_ray():
 
 def test_the_best_of_the_pretrained_model_go_into_an_sdf(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    told = ["sample", "test_molecule_write:Drawn", "--num", "24", "--num-steps", "10"]
+    told = ["sample", "molecules", "--num", "24", "--num-steps", "10"]
     assert main([*told, "--reward", "qed", "--top", "3", "--out", "best.sdf"]) == 0
     said = capfd.readouterr()
     assert said.err == ""

@@ -19,13 +19,6 @@ from envs.molecules.reward import need, parse
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
 
-FORMATS = {
-    ".sdf": "envs.molecules.write:sdf",
-    ".csv": "envs.molecules.write:csv",
-    ".parquet": "envs.molecules.write:parquet",
-    ".smi": "envs.molecules.write:smi",
-}
-
 Columns = Mapping[str, np.ndarray]
 
 
