@@ -243,10 +243,11 @@ def test_failed_candidates_weigh_nothing_and_silent_timesteps_are_named():
 
 def test_candidates_that_share_a_reward_count_as_one():
     b, early = bench(Normal(2)), aim(4, (1.0,))
-    late = replace(early, x_0_above=10)
+    late = replace(early, x_0_above=NUM_STEPS // 2)
     told = [reading(b, made(b, one, 2000), one, temperature=1e6) for one in (early, late)]
     assert sum(told[0].effective.values()) == pytest.approx(4 * 2000, rel=0.01)
-    num_late = int((told[1].chains.t[0] > 10).sum())
+    num_late = int((told[1].chains.t[0] > NUM_STEPS // 2).sum())
+    assert 500 < num_late < 1500
     assert sum(told[1].effective.values()) == pytest.approx(4 * (2000 - num_late) + num_late, rel=0.01)
 
 

@@ -30,12 +30,14 @@ from rayft.chain import Policy, reverse_process
 from rayft.payoff.bank import open_bank
 from rayft.payoff.pairs import Aim, Centre, RewardAt, SamplerName
 from rayft.payoff.reading import Reading, View, cut, read
+from rayft.payoff.refresh import refreshed
 from rayft.payoff.sampler import questions
 from rayft.payoff.signal import probe, signal
 from rayft.payoff.source import Source
 from rayft.payoff.weight import NUM_BINS, Normalise, Running, bin_of, name_of
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.module import DTYPES
+from rayft.seeds import torch_generator
 from rayft.settings import Count, CountOrZero, NonNegative, Positive
 from rayft.supply import Supply, Terms
 
@@ -76,6 +78,8 @@ class RGDMSettings(Settings):
     """vlb: the likelihood's 1/(2 sigma_t^2); simple: as in noise prediction with equal weights."""
     anchor: bool = True
     """Subtracts the noise that a weight of 1 would carry: same expected gradient, no wandering where r says nothing."""
+    refresh: bool = False
+    """Where r is read at x_0, draw x_0 by weight and t and noise anew at every reading, instead of weighting rows."""
     kl_weight: NonNegative = 0.0
     """Nats of reward per nat of each transition's KL to the pretrained model, as a term of the loss."""
     bank: str | None = None
@@ -237,7 +241,13 @@ class RGDM(DiffusionRL):
             rows = slice(offset, offset + count)
             pieces.append(cut(self.supply.take(place), rows, process, self.domain.space, self.aim))
             position, num = position + count, num - count
-        return read(pieces, self.settings.view(), self.aim, process, running)
+        view = self.settings.view()
+        found = read(pieces, view, self.aim, process, running)
+        if not self.settings.refresh:
+            return found
+        x_0 = np.concatenate([piece["x_0"] for piece in pieces])
+        generator = torch_generator(self.config.seed or 0, iteration, "refresh")
+        return refreshed(found, x_0, view, self.aim, self.env_runner.module.bench("reference"), generator)
 
     def _warn(self, reading: Reading) -> None:
         """Refuses a temperature and radius that a bank's draws say too little about."""
@@ -335,6 +345,8 @@ class RGDMConfig(DiffusionConfig):
             )
         if told.x_0_above is not None and told.reward_at == "x_0":
             raise ValueError("training.x_0_above is for reward_at x0_hat or x_prev; with x_0 it is read there anyway")
+        if told.refresh and told.reward_at != "x_0" and told.x_0_above is None:
+            raise ValueError("training.refresh is for rewards read at x_0: set reward_at to x_0, or x_0_above")
         if told.sampler == "gradient":
             self._check_differentiable()
         super().validate()

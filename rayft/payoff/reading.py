@@ -57,8 +57,15 @@ def cut(shard: Shard, rows: slice, process: Process, space: Space, aim: Aim) -> 
     x_0, t = torch.from_numpy(np.array(shard.x_0)), torch.from_numpy(shard.t.astype(np.int64))
     x_t, centre = place(process, space, x_0, t, context, shard.seed, aim.centre)
     dim = np.broadcast_to(np.asarray(space.dim(x_0, context), dtype=np.float64), (shard.num_pairs,))
-    found = {"x_t": x_t.numpy(), "centre": centre.numpy(), "t": t.numpy(), "dim": dim, "mean_ref": shard.mean_ref}
-    found |= {"eps_star": shard.eps_star, "rewards": shard.rewards}
+    found = {
+        "x_0": shard.x_0,
+        "x_t": x_t.numpy(),
+        "centre": centre.numpy(),
+        "t": t.numpy(),
+        "dim": dim,
+        "mean_ref": shard.mean_ref,
+    }
+    found |= {"mean_ref": shard.mean_ref, "eps_star": shard.eps_star, "rewards": shard.rewards}
     found |= {} if shard.start is None else {"start": shard.start}
     found |= {f"context/{k}": v for k, v in shard.context.items()} | {PART + k: v for k, v in shard.parts.items()}
     return {k: v[rows] for k, v in found.items()}
