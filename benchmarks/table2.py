@@ -52,7 +52,10 @@ QUEUE = (
     Row("pretrained", 0),
     Row("best_of_12_qed", 0, of=12),
     Row("best_of_12_synth", 0, of=12, reward="synth"),
+    *(Row("qed_rgdm", seed, "molecules_qed_rgdm") for seed in range(3)),
     *(Row("qed_ppo", seed, "molecules_qed_ppo") for seed in range(3)),
+    Row("qed_rwmle", 0, "molecules_qed_rwmle"),
+    *(Row(f"synth_{name}", 0, f"molecules_synth_{name}") for name in ("rgdm", "ppo", "rwmle")),
 )
 
 

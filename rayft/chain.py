@@ -60,6 +60,10 @@ class Process:
         """c_t: mu_theta moves by -c_t per unit of predicted noise (math: beta_t / sqrt(alpha_t (1 - alpha_bar_t)))."""
         return -self.linear_in("eps")[1]
 
+    def even_in(self, prediction: str) -> Float[Tensor, " T_plus_1"]:
+        """What turns |mu - mu'|^2 / (2 sigma_t^2) into |out - out'|^2 of a network that predicts ``prediction``."""
+        return 2 * self.sigma**2 / self.linear_in(prediction)[1] ** 2
+
 
 def reverse_process(schedule: Schedule, sigma: str = "beta", eta: float = 1.0, num_steps: int | None = None) -> Process:
     """Reverse transitions with noise ``sigma_t^2 = beta_t`` or ``eta^2 gamma_t`` (DDIM's mean for eta < 1), respaced.

@@ -30,6 +30,7 @@ NUMBER = BeforeValidator(_no_switch)
 Positive = Annotated[float, NUMBER, Field(gt=0)]
 NonNegative = Annotated[float, NUMBER, Field(ge=0)]
 Share = Annotated[float, NUMBER, Field(ge=0, lt=1)]
+ShareOrAll = Annotated[float, NUMBER, Field(ge=0, le=1)]
 Count = Annotated[int, NUMBER, Field(ge=1)]
 CountOrZero = Annotated[int, NUMBER, Field(ge=0)]
 

@@ -60,9 +60,10 @@ def test_every_algorithm_trains_on_every_domain_and_restores(ray_session, tmp_pa
         ("ppo", 12, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.90),
         ("rwmle", 25, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.88),
         ("rwmle", 40, {"alpha": 0.5, "chains": 4096, "minibatch_size": 512, "roll_in": "current"}, 0.6),
+        ("rwmle", 15, {"alpha": 0.5, "chains": 1024, "rows": 16384, "minibatch_size": 512, "roll_in": "noised"}, 0.8),
         ("rgdm", 15, {"temperature": 0.3, "radius": 1.5}, 0.85),
     ],
-    ids=["ppo", "rwmle", "rwmle-current", "rgdm"],
+    ids=["ppo", "rwmle", "rwmle-current", "rwmle-noised", "rgdm"],
 )
 def test_every_algorithm_comes_near_the_known_optimum(ray_session, name, iterations, told, least):
     config = algorithm(name)().domain("toy").reward("quadratic").training(**told)

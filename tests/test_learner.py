@@ -107,3 +107,37 @@ def test_rows_whose_reward_failed_change_nothing(ray_session):
     assert (credit.chains.columns["alive"][:, ::2] == 0).all()
     assert np.isfinite(update(algo, credit)[1])
     algo.stop()
+
+
+def test_timesteps_left_out_change_nothing(ray_session):
+    """What their rows say may be anything, not a number even."""
+    outcomes, credit = [], None
+    for spoil in (False, True):
+        algo = build(timesteps=(5, 20), minibatch_size=512, target_kl=None, num_epochs=1)
+        credit = credit or credit_of(algo)
+        if spoil:
+            out = (credit.chains.t < 5) | (credit.chains.t > 20)
+            credit.chains.columns["advantage"][out] = np.nan
+        outcomes.append(update(algo, credit)[0])
+        assert algo.metrics.peek(("learners", "default_policy", "num_minibatches")) == 16 * 128 // 512
+        algo.stop()
+    assert all(np.isfinite(v).all() for v in outcomes[1].values())
+    assert largest_gap(*outcomes) == 0
+
+
+@pytest.mark.parametrize("timesteps", [(0, 5), (6, 5), (1, 33)])
+def test_timesteps_that_the_chain_does_not_have_are_refused(ray_session, timesteps):
+    with pytest.raises(ValueError, match="timesteps"):
+        build(timesteps=timesteps)
+
+
+def test_the_step_size_falls_to_its_share_where_the_end_is_known(ray_session):
+    algo = build(lr=1e-3, lr_end=0.1)
+
+    def used():
+        return algo.train()["learners"]["default_policy"]["step_size"]
+
+    assert [used(), used()] == pytest.approx([1e-3, 1e-3])
+    algo.horizon = 5
+    assert [used(), used(), used()] == pytest.approx([0.55e-3, 0.1e-3 + 0.9e-3 * (1 - 0.5**0.5) / 2, 1e-4])
+    algo.stop()

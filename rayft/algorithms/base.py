@@ -8,6 +8,7 @@ sync        weights -> runners                        (where experience is the p
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -175,7 +176,7 @@ class DiffusionRL(Algorithm):
     def learn(self, credit: Credit) -> None:
         """One update over the whole batch; every learner reads the same rows and takes its share of each minibatch."""
         told = {
-            "scalars": credit.scalars,
+            "scalars": {**credit.scalars, "lr": self.lr()},
             "num_epochs": self.settings.num_epochs,
             "minibatch_size": self.settings.minibatch_size,
             "address": (self.config.seed or 0, self.iteration),
@@ -188,6 +189,14 @@ class DiffusionRL(Algorithm):
             refs = [ray.put(credit.chains)] * self.config.num_learners
             results = self.learner_group.update(batch_refs=refs, **told)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
+
+    def lr(self) -> float:
+        """This iteration's step size: ``training.lr``, or less where it falls and the last iteration is known."""
+        lr, end = self.settings.lr, self.settings.lr_end
+        if self.horizon is None:
+            return lr
+        done = min(self.iteration / max(self.horizon - 1, 1), 1.0)
+        return lr * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def sync(self) -> None:
         """Weights from the learners to every runner, the local one included; returns when all have them.

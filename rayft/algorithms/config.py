@@ -28,7 +28,7 @@ from rayft.rewards.settings import ScoringSettings
 from rayft.rl.learner import gloo_where_nccl_is_missing
 from rayft.rl.module import DenoiserModule
 from rayft.rl.runner import ChainRunner
-from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, check, defaults
+from rayft.settings import STRICT, Count, CountOrZero, NonNegative, Positive, Share, ShareOrAll, check, defaults
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Settings:
     """Transitions per optimizer step, over all learners; a batch that holds fewer is one minibatch."""
     num_epochs: Count = 1
     """Passes over the batch of one iteration."""
+    timesteps: tuple[Count, Count] | list[Count] | None = None
+    """First and last t that are learned at; all where none are given. Where x_t says nothing of the reward yet, or
+    nothing more, an update is noise."""
     lr: Positive = 1e-3
     """AdamW's step size. The trust region below bounds what a wrong one can do."""
+    lr_end: ShareOrAll = 1.0
+    """Share of ``lr`` that is left at the last of a run's iterations; it falls there along half a cosine."""
     weight_decay: NonNegative = 0.0
     """Off: fine-tuning should not forget what no reward speaks of."""
     grad_clip: Positive | None = 1.0
@@ -259,6 +264,11 @@ class DiffusionConfig(AlgorithmConfig):
             raise ValueError(
                 f"training.minibatch_size is {settings.minibatch_size}, but one iteration has {rows} transitions "
                 f"({settings.chains} chains); lower it or raise training.chains"
+            )
+        first, last = settings.timesteps or (1, process.num_steps)
+        if not first <= last <= process.num_steps:
+            raise ValueError(
+                f"training.timesteps is [{first}, {last}]; give the first and the last of t = 1 .. {process.num_steps}"
             )
         if settings.minibatch_size % (learners * settings.microbatches):
             raise ValueError(

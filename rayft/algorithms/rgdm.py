@@ -29,7 +29,7 @@ from rayft.bench import Bench
 from rayft.chain import Policy, reverse_process
 from rayft.payoff.bank import open_bank
 from rayft.payoff.pairs import Aim, Centre, RewardAt, SamplerName
-from rayft.payoff.reading import Reading, View, cut, read
+from rayft.payoff.reading import Reading, TimestepWeight, View, cut, read
 from rayft.payoff.refresh import refreshed
 from rayft.payoff.sampler import questions
 from rayft.payoff.signal import probe, signal
@@ -74,8 +74,8 @@ class RGDMSettings(Settings):
     """What candidates lie around: the posterior's mean (R Eq. 14), or a draw from it (R Eq. 8)."""
     normalise: Normalise = "batch"
     """What w is compared with: all of the batch (R Eq. 13), its own candidates (R Eq. 12), its timestep, or nothing."""
-    timestep_weight: Literal["vlb", "simple"] = "vlb"
-    """vlb: the likelihood's 1/(2 sigma_t^2); simple: as in noise prediction with equal weights."""
+    timestep_weight: TimestepWeight = "vlb"
+    """vlb: the likelihood's 1/(2 sigma_t^2); simple: even in predicted noise; v: even in v, more where noise is."""
     anchor: bool = True
     """Subtracts the noise that a weight of 1 would carry: same expected gradient, no wandering where r says nothing."""
     refresh: bool = False
@@ -231,7 +231,8 @@ class RGDM(DiffusionRL):
 
     def reading(self, iteration: int, running: Running) -> Reading:
         """An iteration's pairs, from one shard or several."""
-        process, num = self.env_runner.module.process, self.settings.chains
+        told, process = self.settings, self.env_runner.module.process
+        num = told.chains
         pieces, position = [], iteration * num
         if self.horizon is not None:
             self.supply.last = -(-self.horizon * num // self.shard_pairs)
@@ -241,13 +242,14 @@ class RGDM(DiffusionRL):
             rows = slice(offset, offset + count)
             pieces.append(cut(self.supply.take(place), rows, process, self.domain.space, self.aim))
             position, num = position + count, num - count
-        view = self.settings.view()
+        view = told.view()
         found = read(pieces, view, self.aim, process, running)
-        if not self.settings.refresh:
+        if not told.refresh:
             return found
         x_0 = np.concatenate([piece["x_0"] for piece in pieces])
         generator = torch_generator(self.config.seed or 0, iteration, "refresh")
-        return refreshed(found, x_0, view, self.aim, self.env_runner.module.bench("reference"), generator)
+        bench = self.env_runner.module.bench("reference")
+        return refreshed(found, x_0, view, self.aim, bench, generator, told.timesteps)
 
     def _warn(self, reading: Reading) -> None:
         """Refuses a temperature and radius that a bank's draws say too little about."""

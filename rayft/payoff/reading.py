@@ -24,6 +24,7 @@ from rayft.payoff.pairs import Aim, place
 from rayft.payoff.weight import Normalise, Running, bin_of, candidate_weight, effective_size, fold
 from rayft.space import Space
 
+TimestepWeight = Literal["vlb", "simple", "v"]
 MIN_ASKED = 16  # candidates at a timestep before it may be called silent
 
 
@@ -34,7 +35,7 @@ class View:
     temperature: float
     radius: float
     normalise: Normalise
-    timestep_weight: Literal["vlb", "simple"]
+    timestep_weight: TimestepWeight
     anchor: bool
 
 
@@ -86,9 +87,7 @@ def read(
     weight = _weight(rows, base, view, aim, process, running)
     towards, total = fold(shift, weight)
     x_w = rows["centre"] + towards
-    factor = np.ones(len(t))
-    if view.timestep_weight == "simple":
-        factor = (2 * process.sigma**2 / process.eps_gain**2).numpy()[t]
+    factor = timestep_factor(view.timestep_weight, process, t)
     dtype, mean_ref = x_w.dtype, rows["mean_ref"]
     columns = {"mean_ref": mean_ref}
     if view.anchor:
@@ -108,6 +107,13 @@ def read(
     effective = effective_size(np.where(single, 0.0, worth), bin_of(t, process.num_steps))
     parts = {k.removeprefix(PART): v for k, v in rows.items() if k.startswith(PART)}
     return Reading(chains, weight, rewards, parts, effective, silent, running)
+
+
+def timestep_factor(weight: TimestepWeight, process: Process, t: np.ndarray) -> np.ndarray:
+    """What a row's 1/(2 sigma_t^2) is multiplied with."""
+    if weight == "vlb":
+        return np.ones(len(t))
+    return process.even_in("eps" if weight == "simple" else weight).numpy()[t]
 
 
 def _base(rows: dict[str, np.ndarray], view: View, aim: Aim, process: Process) -> np.ndarray | None:

@@ -9,77 +9,100 @@ weight; under a tilt that leaves 7% of the rows effective, that is fourteen time
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from rayft.bench import Bench
-from rayft.chain import Chains, Process
-from rayft.payoff.pairs import Aim, place
-from rayft.payoff.reading import Reading, View
+from rayft.chain import Chains
+from rayft.payoff.pairs import Aim, Centre, place
+from rayft.payoff.reading import Reading, TimestepWeight, View, timestep_factor
+from rayft.space import Context
 
 SEED_RANGE = 2**62
+PIECE = 2048  # rows that mu_pre is asked for at a time
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Scored:
+    """Finished events, each with its weight (0: never drawn) and its context. numpy."""
+
+    x_0: np.ndarray
+    weight: np.ndarray
+    context: Mapping[str, np.ndarray]
+
+
 def refreshed(
-    reading: Reading, x_0: np.ndarray, view: View, aim: Aim, bench: Bench, generator: torch.Generator
+    reading: Reading,
+    x_0: np.ndarray,
+    view: View,
+    aim: Aim,
+    bench: Bench,
+    generator: torch.Generator,
+    timesteps: tuple[int, int] | None = None,
 ) -> Reading:
     """The reading with its late rows drawn again; the others, and what is said of effective sizes, stay."""
-    chains, process = reading.chains, bench.reference.process
+    chains, steps = reading.chains, bench.reference.process.num_steps
     late = np.flatnonzero(aim.late(chains.t[0]))
     weight = reading.weight[late].mean(axis=1)
     if not len(late) or weight.sum() <= 0:
         return reading
-    chosen = late[_systematic(weight, generator)]
-    first = int(np.argmax(aim.late(np.arange(1, process.num_steps + 1)))) + 1  # the smallest late timestep
-    t = torch.randint(first, process.num_steps + 1, (len(late),), generator=generator)
-    context = {k: torch.from_numpy(np.ascontiguousarray(v[chosen])) for k, v in chains.context.items()}
+    scored = Scored(x_0[late], weight, {k: v[late] for k, v in chains.context.items()})
+    first = int(np.argmax(aim.late(np.arange(1, steps + 1)))) + 1  # the smallest late timestep
+    lowest, last = timesteps or (1, steps)
+    drawn = draw(scored, len(late), bench, generator, aim.centre, view.timestep_weight, (max(first, lowest), last))
+    return replace(reading, chains=drawn if len(late) == chains.num_chains else _put(chains, late, drawn))
+
+
+@torch.no_grad()
+def draw(
+    scored: Scored,
+    num: int,
+    bench: Bench,
+    generator: torch.Generator,
+    centre: Centre = "mean",
+    timestep_weight: TimestepWeight = "vlb",
+    timesteps: tuple[int, int] | None = None,
+) -> Chains:
+    """``num`` rows of weight 1 at timesteps from first to last, pulled to the posterior of an x_0 drawn by weight."""
+    process = bench.reference.process
+    first, last = timesteps or (1, process.num_steps)
+    chosen = _systematic(scored.weight, num, generator)
+    t = torch.randint(first, last + 1, (num,), generator=generator)
+    context = {k: torch.from_numpy(np.ascontiguousarray(v[chosen])) for k, v in scored.context.items()}
     seed = int(torch.randint(SEED_RANGE, (), generator=generator))
-    data = torch.from_numpy(np.ascontiguousarray(x_0[chosen]))
-    x_t, centre = place(process, bench.reference.space, data, t, context, seed, aim.centre)
-    told = (x_t.numpy(), centre.numpy(), _mean(bench, x_t, t, context))
-    return replace(reading, chains=_with(chains, late, chosen, t.numpy(), *told, _factor(view, process, t.numpy())))
+    data = torch.from_numpy(np.ascontiguousarray(scored.x_0[chosen]))
+    x_t, towards = place(process, bench.reference.space, data, t, context, seed, centre)
+    mean_ref = torch.cat([_mean(bench, slice(n, n + PIECE), x_t, t, context) for n in range(0, num, PIECE)])
+    factor = torch.from_numpy(timestep_factor(timestep_weight, process, t.numpy())).to(x_t.dtype)
+    shift = factor.reshape(-1, *[1] * (x_t.ndim - 1)) * (towards - mean_ref)
+    columns = {"mean_ref": mean_ref, "weight": factor, "factor": factor, "shift": shift}
+    rows = {k: v.unsqueeze(0) for k, v in columns.items()}
+    return Chains(torch.stack([towards, x_t]), t.unsqueeze(0), context, rows).numpy()
 
 
-def _systematic(weight: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """As many draws as weights, each as often as its weight says, rounded up or down: the least noise there is."""
-    steps = (torch.rand((), generator=generator, dtype=torch.float64).item() + np.arange(len(weight))) / len(weight)
+def _mean(bench: Bench, rows: slice, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+    """mu_pre of some rows, on the network's own device."""
+    told = {k: v[rows].to(bench.device) for k, v in context.items()}
+    return bench.reference.mean(x_t[rows].to(bench.device), t[rows].to(bench.device), told).cpu()
+
+
+def _systematic(weight: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
+    """Each as often as its weight says, rounded up or down: the least noise there is."""
+    steps = (torch.rand((), generator=generator, dtype=torch.float64).item() + np.arange(num)) / num
     return np.searchsorted(np.cumsum(weight) / weight.sum(), steps).clip(max=len(weight) - 1)
 
 
-def _mean(bench: Bench, x_t: torch.Tensor, t: torch.Tensor, context: dict[str, torch.Tensor]) -> np.ndarray:
-    """mu_pre, on the network's own device."""
-    told = {k: v.to(bench.device) for k, v in context.items()}
-    return bench.reference.mean(x_t.to(bench.device), t.to(bench.device), told).cpu().numpy()
-
-
-def _factor(view: View, process: Process, t: np.ndarray) -> np.ndarray:
-    if view.timestep_weight == "simple":
-        return (2 * process.sigma**2 / process.eps_gain**2).numpy()[t]
-    return np.ones(len(t))
-
-
-def _with(
-    chains: Chains,
-    late: np.ndarray,
-    chosen: np.ndarray,
-    t: np.ndarray,
-    x_t: np.ndarray,
-    centre: np.ndarray,
-    mean_ref: np.ndarray,
-    factor: np.ndarray,
-) -> Chains:
-    """The chains with these rows in place of the late ones, each of weight 1."""
-    wide = factor.reshape(-1, *[1] * (centre.ndim - 1))
-    columns = {"mean_ref": mean_ref, "weight": factor, "factor": factor, "shift": wide * (centre - mean_ref)}
-    x, steps = chains.x.copy(), chains.t.copy()
-    x[0, late], x[1, late], steps[0, late] = centre, x_t, t
+def _put(chains: Chains, late: np.ndarray, drawn: Chains) -> Chains:
+    """The chains with the drawn rows in place of the late ones."""
+    x, t = chains.x.copy(), chains.t.copy()
+    x[:, late], t[:, late] = drawn.x, drawn.t
     context = {k: v.copy() for k, v in chains.context.items()}
+    columns = {k: v.copy() for k, v in chains.columns.items()}
     for name, value in context.items():
-        value[late] = chains.context[name][chosen]
-    told = {k: v.copy() for k, v in chains.columns.items()}
-    for name, value in told.items():
-        value[0, late] = columns[name]
-    return Chains(x, steps, context, told)
+        value[late] = drawn.context[name]
+    for name, value in columns.items():
+        value[:, late] = drawn.columns[name]
+    return Chains(x, t, context, columns)

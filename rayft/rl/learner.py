@@ -86,6 +86,9 @@ class DiffusionLearner(TorchLearner):
 
     def _create_iterator_if_necessary(self, *, training_data: Any, **kwargs: Any) -> Iterator[MultiAgentBatch]:
         self.scalars = kwargs["scalars"]
+        for optimizer in self._optimizer_parameters:
+            self._set_optimizer_lr(optimizer, self.scalars["lr"])
+        self.say("step_size", self.scalars["lr"])
         return self._minibatches(training_data.batch, kwargs["num_epochs"], kwargs["minibatch_size"], kwargs["address"])
 
     def _minibatches(
@@ -95,14 +98,16 @@ class DiffusionLearner(TorchLearner):
 
         Stops early once the measured KL to the policy that the update began with has passed the target.
         """
-        total = chains.num_rows * chains.num_chains
-        size = min(size, total)
+        first, last = self.config.timesteps or (1, np.inf)
+        known = np.flatnonzero((chains.t.ravel() >= first) & (chains.t.ravel() <= last))
+        total = len(known)
         learners = max(1, self.config.num_learners)
+        size = min(size, total // learners * learners)
         index = getattr(self, "_learner_index", None) or 0
         probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
         steps, whole, self.fresh = 0, num_epochs * (total // size), True
         for epoch in range(num_epochs):
-            order = numpy_generator(*address, "shuffle", epoch).permutation(total)
+            order = known[numpy_generator(*address, "shuffle", epoch).permutation(total)]
             for start in range(0, total - size + 1, size):
                 mine = order[start : start + size].reshape(learners, -1)[index]
                 yield self._batch(chains, mine)
