@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from rayft.settings import NUMBER, STRICT
+from rayft.settings import NUMBER, STRICT, Positive
 
 AGGREGATES = ("sum", "geometric", "product", "constraint")
 MARGIN = 1e-6  # keeps s off 0 and 1 in float32 too
@@ -88,6 +88,27 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Window:
+    """1 where low <= v <= high, exp(-(distance / scale)^2 / 2) outside; either bound may be left out."""
+
+    __pydantic_config__ = STRICT
+
+    low: Number = -math.inf
+    high: Number = math.inf
+    scale: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.low, self.high) == (-math.inf, math.inf):
+            raise ValueError("window has no bound; give low, high or both")
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low:g}, above high, which is {self.high:g}")
+
+    def __call__(self, v: np.ndarray, fit: Sequence[float]) -> np.ndarray:
+        outside = np.maximum(np.maximum(self.low - v, v - self.high), 0.0)
+        return np.exp(-((outside / self.scale) ** 2) / 2)
+
+
+@dataclass(frozen=True)
 class Zscore:
     """(v - mean) / std; what is not given is taken once from the pretrained model's scores, a std of 0 being 1."""
 
@@ -109,8 +130,14 @@ class Zscore:
         return (v - (mean if self.mean is None else self.mean)) / (std if self.std is None else self.std)
 
 
-Transform = Sigmoid | Step | Clip | Zscore
-TRANSFORMS: dict[str, type[Transform]] = {"sigmoid": Sigmoid, "step": Step, "clip": Clip, "zscore": Zscore}
+Transform = Sigmoid | Step | Clip | Window | Zscore
+TRANSFORMS: dict[str, type[Transform]] = {
+    "sigmoid": Sigmoid,
+    "step": Step,
+    "clip": Clip,
+    "window": Window,
+    "zscore": Zscore,
+}
 
 
 # -- what a run has

@@ -23,7 +23,7 @@ def parse(
     parser = _Parser(prog="rayft", description="Fine-tune diffusion models with RL on Ray.")
     found = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in commands:
-        name = command.__name__
+        name = command.__name__.rstrip("_")  # of one that Python has a word for
         sub = found.add_parser(name, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(command=command)
         OPTIONS[name](sub)
@@ -88,9 +88,18 @@ def _score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true")
 
 
+def _import(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("format", metavar="FORMAT", help="whose checkpoint it is, such as edm")
+    sub.add_argument("source", metavar="DIR", help="the checkpoint, as it was published")
+    sub.add_argument("--out", help="a .safetensors file, or a folder for it; DIR.safetensors here by default")
+    sub.add_argument("--force", action="store_true", help="replace what is there")
+
+
 def _export(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("checkpoint")
-    sub.add_argument("out", help=".safetensors or .pt")
+    sub.add_argument("format", nargs="?", metavar="FORMAT", help="one that `rayft import` reads, such as edm")
+    sub.add_argument("checkpoint", help="a run folder (its best checkpoint), a checkpoint folder or an imported file")
+    sub.add_argument("out", help=".safetensors or .pt; with FORMAT, a folder")
+    sub.add_argument("--force", action="store_true", help="with FORMAT: replace what is in the folder")
 
 
 def _report(sub: argparse.ArgumentParser) -> None:
@@ -112,7 +121,7 @@ def _doctor(sub: argparse.ArgumentParser) -> None:
     """Nothing."""
 
 
-TAKES = (_run, _tune, _evaluate, _sample, _score, _export, _report, _pretrain, _configs, _doctor)
+TAKES = (_run, _tune, _evaluate, _sample, _score, _import, _export, _report, _pretrain, _configs, _doctor)
 OPTIONS = {takes.__name__.removeprefix("_"): takes for takes in TAKES}
 
 

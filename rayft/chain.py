@@ -107,6 +107,9 @@ def posterior_mean(process: Process, x_t: Tensor, x_0: Tensor, t: Int[Tensor, " 
     return expand(from_x0, x_t) * x_0 + expand(from_xt, x_t) * x_t
 
 
+PIECE = 32_768  # numbers that a network is given at a time on a CPU, when it samples
+
+
 class Policy:
     """p_theta(x_prev | x_t): a network, a process and a space. Holds no weights of its own.
 
@@ -124,6 +127,14 @@ class Policy:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _output(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
+        """In pieces where nobody asks for a gradient: what a piece of a network computes then stays in the cache."""
+        rows = max(1, PIECE // max(x_t[0].numel(), 1)) if len(x_t) else 1
+        if torch.is_grad_enabled() or x_t.device.type != "cpu" or len(x_t) <= rows:
+            return self._piece(x_t, t, context)
+        pieces = [slice(start, start + rows) for start in range(0, len(x_t), rows)]
+        return torch.cat([self._piece(x_t[p], t[p], {k: v[p] for k, v in context.items()}) for p in pieces])
+
+    def _piece(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
         timestep = self._on(x_t.device)[1][t]
         if self.autocast is None:
             return self.space.project(self.network(x_t, timestep, context), context)

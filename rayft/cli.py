@@ -226,14 +226,54 @@ def _asked(told: argparse.Namespace) -> tuple[Any, int | str, bool]:
     return spec, int(what) if samples else told.num, file is not None
 
 
-def export(told: argparse.Namespace) -> int:
-    """The fine-tuned network as the state dict its own module loads."""
-    from rayft import store
-    from rayft.offline import exported
-
-    out = exported(store.load(Path(told.checkpoint)), _writable(Path(told.out)))
-    print(f"weights in {out}")
+def import_(told: argparse.Namespace) -> int:
+    """Make another project's checkpoint one .safetensors that a domain takes."""
+    form, source = _format(told.format), Path(told.source)
+    own = f"{source.resolve().name}.safetensors"
+    out = Path(own if told.out is None else told.out)
+    out = out / own if out.is_dir() else out
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out is {out}; give a .safetensors file, or a folder that is there")
+    print(form.keep(form.read(source), _free(_writable(out), told.force)))
     return 0
+
+
+def export(told: argparse.Namespace) -> int:
+    """Write the fine-tuned network as its own module loads it, or as another project's checkpoint."""
+    from rayft import store
+
+    source, out = Path(told.checkpoint), Path(told.out)
+    if told.format is None:
+        from rayft.offline import exported
+
+        print(f"weights in {exported(store.load(source), _writable(out))}")
+        return 0
+    form = _format(told.format)
+    if (source / "card.json").is_file() or (source / "checkpoints").is_dir():
+        checkpoint = store.load(source)
+        domain = checkpoint.domain()
+        model = form.of(domain, checkpoint.network(domain), told.checkpoint)
+    else:
+        model = form.read(source)
+    print(form.write(model, _free(out, told.force)))
+    return 0
+
+
+def _format(name: str) -> Any:
+    """Another project's checkpoints: a class of four functions that a domain registers as ``rayft.importers``.
+
+    read(path), of(domain, network, name) -> model;    keep(model, file), write(model, folder) -> what is to be said
+    """
+    from rayft import imports
+
+    return imports.registered("rayft.importers", name, "format")
+
+
+def _free(path: Path, force: bool) -> Path:
+    """Where nothing is replaced unless it is asked for."""
+    if not force and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already; give another, or --force to replace it")
+    return path
 
 
 def report(told: argparse.Namespace) -> int:
@@ -253,7 +293,10 @@ def pretrain(told: argparse.Namespace) -> int:
     """Train a denoiser on its domain's data."""
     from rayft import pretrain as training
 
-    print(training.main(told.file, told.overrides, told.resume, told.quiet))
+    made = training.main(told.file, told.overrides, told.resume, told.quiet)
+    if made is None:
+        return 130
+    print(made)
     return 0
 
 
@@ -294,7 +337,7 @@ def _writable(path: Path) -> Path:
     return path
 
 
-COMMANDS = (run, tune, evaluate, sample, score, export, report, pretrain, configs, doctor)
+COMMANDS = (run, tune, evaluate, sample, score, import_, export, report, pretrain, configs, doctor)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -77,8 +77,8 @@ def render(checks: Iterable[Check]) -> int:
 
 
 def data_folder() -> Path:
-    """Where data sets lie: ``$RAYFT_DATA``, or ~/.local/share/rayft."""
-    return Path(os.environ.get("RAYFT_DATA") or "~/.local/share/rayft").expanduser()
+    """Where data sets lie: ``$RAYFT_DATA``, or ~/.cache/rayft."""
+    return Path(os.environ.get("RAYFT_DATA") or "~/.cache/rayft").expanduser()
 
 
 def envs_folder() -> Path | None:

@@ -82,6 +82,10 @@ class Domain(ABC):
         """Random training events and their contexts; ``None`` where the domain has no data set."""
         return None
 
+    def held_out(self, num_events: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Like ``data``, of events that are never trained on: pretraining tells the loss on them."""
+        return None
+
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         """A plotly figure of events side by side (before, after, optimum), for the report; ``None`` to leave it out."""
         return None

@@ -10,6 +10,7 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' for a misspelt name, '' where nothing is near."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def registered(group: str, name: str, what: str) -> Any:
+    """The object that an installed package brings under this entry point."""
+    known = {point.name: point.value for point in entry_points(group=group)}
+    if name not in known:
+        raise ValueError(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(sorted(known)) or 'none'}")
+    return load(known[name])
 
 
 def load(path: str) -> Any:

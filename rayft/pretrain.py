@@ -72,8 +72,8 @@ def read(file: str, overrides: Sequence[str]) -> PretrainSpec:
         raise ValueError(sentence("", error)) from None
 
 
-def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
-    """Reads the YAML, trains, and says where the weights are; exit 130 after Ctrl-C."""
+def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str | None:
+    """Reads the YAML, trains, and says where the weights are; nothing after Ctrl-C."""
     spec = read(file, overrides)
     settings = spec.settings()
     domain = domains.build(*split(spec.domain, "domain"))
@@ -83,7 +83,7 @@ def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str:
     if not training.run(resume, quiet):
         command = shlex.join(["rayft", "pretrain", file, *overrides, "--resume"])
         print(f"saved at step {training.step} of {settings.steps}; continue with: {command}", file=sys.stderr)
-        raise SystemExit(130)
+        return None
     out, card = finish(training, spec)
     if settings.evaluate is not None and metrics is not None:
         card["metrics"] = evaluated(training, settings.evaluate.num, metrics, quiet)

@@ -156,8 +156,8 @@ class Training:
 
     def held_out(self) -> dict[str, float]:
         """The averaged weights' loss on events that are not trained on, where the domain has some."""
-        draw = getattr(self.domain, "held_out", None)
-        if draw is None or self.learner.average is None or draw(1, torch_generator(self.seed, 0, "held_out")) is None:
+        draw = self.domain.held_out
+        if self.learner.average is None or draw(1, torch_generator(self.seed, 0, "held_out")) is None:
             return {}
         self.read()
         told = self.domain, self.domain.schedule(), self.learner.average, self.settings.batch_size

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayft.aggregate import Clip, Recipe, Sigmoid, Step, Zscore
+from rayft.aggregate import Clip, Recipe, Sigmoid, Step, Window, Zscore
 from rayft.compose import recipe
 
 SHORT = dict.fromkeys(("qed", "sa", "mw", "dock"), "builtins:len")
@@ -166,6 +166,8 @@ def test_the_order_of_parts_is_irrelevant(order, aggregate, random):
         ("{step: {at: 2, below: true}}", [1.9, 2.0, 3.0], [1.0, 1.0, 0.0]),
         ("{clip: {low: 0, high: 1}}", [-2.0, 0.25, 9.0], [0.0, 0.25, 1.0]),
         ("{clip: {high: 1}}", [-2.0, 9.0], [-2.0, 1.0]),
+        ("{window: {low: 2, high: 4, scale: 2}}", [2.0, 4.0, 6.0, -2.0], [1.0, 1.0, np.exp(-0.5), np.exp(-2)]),
+        ("{window: {high: 4}}", [-9.0, 5.0], [1.0, np.exp(-0.5)]),
         ("{zscore: {mean: 3, std: 2}}", [3.0, 7.0], [0.0, 2.0]),
         ("[{clip: {low: 0}}, {zscore: {mean: 1, std: 2}}, {clip: {high: 1}}]", [-9.0, 2.0, 9.0], [-0.5, 0.5, 1.0]),
     ],
@@ -176,7 +178,7 @@ def test_transforms_in_numbers(transform, raw, value):
 
 
 def test_a_failed_score_stays_failed_through_every_transform():
-    for transform in (Sigmoid(), Step(0.0), Step(0.0, below=True), Clip(0.0, 1.0), Zscore(0.0, 1.0)):
+    for transform in (Sigmoid(), Step(0.0), Step(0.0, below=True), Clip(0.0, 1.0), Window(0.0, 1.0), Zscore(0.0, 1.0)):
         assert np.isnan(transform(np.array([NAN]), ())).all()
 
 

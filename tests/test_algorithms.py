@@ -13,8 +13,14 @@ from rayft.settings import explain
 from rayft.spec import algorithm, known_algorithms
 
 BAD = Path(__file__).with_name("bad_rewards.py")
-WORLDS = {"toy": "quadratic", "toy_masked": "spread", "molecules": "weight"}
-TOLD = {"molecules": {"data": str(Path(__file__).parent / "golden/molecules/dsgdb9nsd")}}  # not all of QM9
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = {"data": str(GOLDEN / "molecules/dsgdb9nsd")}  # not all of QM9
+TOLD = {
+    "molecules": SMALL,
+    "molecules_conditional": {**SMALL, "weights": None},
+    "molecules_edm": {**SMALL, "model": str(GOLDEN / "edm/conditional"), "at": {"alpha": 0, "gap": 0}},
+}
+WORLDS = {"toy": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
 
 
 def small(name, world="toy", reward=None, **training):

@@ -34,7 +34,7 @@ SMALL = [
     "evaluate.chains=512",
     "evaluate.pretrained_chains=2048",
 ]
-COMMANDS = ["run", "evaluate", "sample", "score", "export", "report", "pretrain", "configs", "doctor"]
+COMMANDS = ["run", "evaluate", "sample", "score", "import", "export", "report", "pretrain", "configs", "doctor"]
 
 
 @pytest.fixture(scope="module")

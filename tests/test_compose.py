@@ -119,6 +119,7 @@ def test_watched_rewards_are_components_that_never_enter_the_total(watch, names)
         ("A: {name: qed, transform: step}", "A.transform.step.at is missing"),
         ("A: {name: qed, transform: clip}", "A.transform.clip: clip has no bound; give low, high or both"),
         ("A: {name: qed, transform: {clip: {low: 2, high: 1}}}", "A.transform.clip: low is 2, above high, which is 1"),
+        ("A: {name: qed, transform: window}", "A.transform.window: window has no bound"),
         ("A: {name: qed, transform: {zscore: {std: 0}}}", "A.transform.zscore: std is 0; it should be above 0"),
         ("A: {name: qed, only_if: sa}", "parts.A.only_if is 'sa'; it should be a mapping such as"),
         ("A: {name: qed, only_if: {B: 1}}", "parts.A.only_if is 'B'; it should be one of A"),

@@ -278,6 +278,14 @@ def test_settings_that_are_not_those_of_the_weights_are_named(folder):
     refused(folder, "'dynamics.egnn.e_block_2.gcl_0.edge_mlp.0.weight'", "should be absent")
 
 
+def test_no_memory_is_taken_for_what_settings_only_claim(folder, monkeypatch):
+    devices, network = [], edm.network
+    monkeypatch.setattr(edm, "network", lambda given: devices.append(torch.get_default_device().type) or network(given))
+    arguments(folder, nf=33)
+    refused(folder, "does not fit the settings")
+    assert devices == ["meta"]
+
+
 def test_weights_that_are_a_list_are_said_to_be_that(folder):
     torch.save([torch.zeros(2)], folder / WEIGHTS)
     refused(folder, "holds a list")

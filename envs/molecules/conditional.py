@@ -46,6 +46,9 @@ class ConditionalMolecules(Molecules):
     def denoiser(self) -> Denoiser:
         net = LightEGNN(self.max_atoms, len(ELEMENTS), TRAINED_STEPS, self.width, self.num_layers, num_properties=1)
         if self.weights is not None:
+            if not Path(self.weights).is_file():
+                what = f"there are no weights in {self.weights}"
+                raise ValueError(f"{what}: make them with `rayft pretrain molecules_conditional_pretrain`")
             load_weights(net, Path(self.weights))
         return net
 
@@ -59,6 +62,9 @@ class ConditionalMolecules(Molecules):
         events, mask = self._events
         chosen = torch.randint(len(events), (num_events,), generator=generator)
         return events[chosen], {"mask": mask[chosen], "property": self._standard(self._values[chosen])}
+
+    def held_out(self, num_events: int, generator: torch.Generator) -> None:
+        """Nothing: only the training split's properties are computed."""
 
     def _standard(self, value: Tensor) -> Tensor:
         mean, sd = self._mean_and_sd

@@ -40,7 +40,8 @@ def heavy(x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> list[Mol | None
 def atoms(x_0: np.ndarray, context: Mapping[str, np.ndarray], elements: np.ndarray = ELEMENTS) -> Atoms:
     """Events [B, n, 3 + elements] of coordinates in Angstrom and scores; one more column, EDM's charge, adds nothing.
 
-    An atom whose scores are not finite gets no place: its position is NaN.
+    Where ``context["angstrom"]`` [B] is given, coordinates are multiples of it. An atom whose scores are not finite
+    gets no place: its position is NaN.
     """
     x_0, mask = np.asarray(x_0), np.asarray(context["mask"])
     width = 3 + len(elements)
@@ -50,8 +51,9 @@ def atoms(x_0: np.ndarray, context: Mapping[str, np.ndarray], elements: np.ndarr
             "with a charge) and [batch, atoms]"
         )
     scores = x_0[..., 3:width]
+    unit = np.asarray(context["angstrom"])[:, None, None] if "angstrom" in context else 1
     with np.errstate(over="ignore", invalid="ignore"):
-        positions = x_0[..., :3].astype(np.float32)
+        positions = (x_0[..., :3] * unit).astype(np.float32)
     known = np.isfinite(scores).all(-1, keepdims=True)
     return Atoms(np.where(known, positions, np.float32("nan")), elements[scores.argmax(-1)], mask.astype(bool))
 

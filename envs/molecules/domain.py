@@ -106,6 +106,14 @@ class Molecules(Domain):
         chosen = torch.randint(len(events), (num_events,), generator=generator)
         return events[chosen], {"mask": mask[chosen]}
 
+    def held_out(self, num_events: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Of QM9's validation split; nothing of other data, which has none."""
+        if self._unseen is None:
+            return None
+        events, mask = self._unseen
+        chosen = torch.randint(len(events), (num_events,), generator=generator)
+        return events[chosen], {"mask": mask[chosen]}
+
     def page(self, panels: Mapping[str, Panel]) -> dict[str, str]:
         from envs.molecules.render import sections
 
@@ -123,13 +131,20 @@ class Molecules(Domain):
         made = events_of(trained_on(self.source, self.max_atoms), self.max_atoms)
         return torch.from_numpy(made[0]), torch.from_numpy(made[1])
 
+    @cached_property
+    def _unseen(self) -> tuple[Tensor, Tensor] | None:
+        if self.source != "qm9":
+            return None
+        made = events_of(trained_on("qm9", self.max_atoms, "valid"), self.max_atoms)
+        return torch.from_numpy(made[0]), torch.from_numpy(made[1])
 
-def trained_on(source: str, max_atoms: int) -> Table:
-    """The heavy atoms of QM9's training split, or of the user's own file, as far as a model of this size takes them."""
+
+def trained_on(source: str, max_atoms: int, split: str = "train") -> Table:
+    """The heavy atoms of a split of QM9, or of the user's own file, as far as a model of this size takes them."""
     from envs.molecules.files import Skipped, read, select
     from envs.molecules.qm9 import qm9
 
-    table = (qm9("train") if source == "qm9" else read(source)).heavy()
+    table = (qm9(split) if source == "qm9" else read(source)).heavy()
     fitting = select(table, Skipped(), source, max_atoms, SYMBOLS)
     if not len(fitting):
         raise ValueError(

@@ -84,14 +84,14 @@ def read(folder: str | Path) -> EDMModel:
     folder = Path(folder)
     arguments = _arguments(folder / ARGUMENTS)
     check(arguments, str(folder / ARGUMENTS))
-    net, schedule = network(arguments), schedule_of(arguments)
-    path = folder / _weights_name(arguments)
+    schedule, path = schedule_of(arguments), folder / _weights_name(arguments)
     state = _state(path)
-    _fit(state, expected(net, schedule), str(path))
+    fit(state, expected(claimed(arguments), schedule), str(path))
     table = torch.sigmoid(-state["gamma.gamma"].double())
     if not torch.allclose(table, schedule.alpha_bar, rtol=0, atol=1e-6):
         what = f"{arguments['diffusion_noise_schedule']} at T = {schedule.num_steps}"
         raise ValueError(f"the table gamma.gamma in {path} is not that of {what}; one of {ARGUMENTS} and it is changed")
+    net = network(arguments)
     net.load_state_dict({key: state[edm_key(key)] for key in net.state_dict()})
     return EDMModel(net.eval(), schedule, arguments)
 
@@ -100,11 +100,9 @@ def write(folder: str | Path, model: EDMModel) -> None:
     """Both files, as EDM's own code loads them."""
     folder = Path(folder)
     check(model.arguments, "the model's arguments")
-    with torch.device("meta"):
-        net = network(model.arguments)
     schedule = schedule_of(model.arguments)
     state = {key: value.cpu() for key, value in expected(model.denoiser, schedule).items()}
-    _fit(state, expected(net, schedule), "the model's network")
+    fit(state, expected(claimed(model.arguments), schedule), "the model's network")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ARGUMENTS).open("wb") as file:
         pickle.dump(Namespace(**model.arguments), file, protocol=4)
@@ -133,6 +131,12 @@ def network(arguments: Mapping[str, Any]) -> EGNN:
         norm_constant=given["norm_constant"],
         normalization_factor=given["normalization_factor"],
     )
+
+
+def claimed(arguments: Mapping[str, Any]) -> EGNN:
+    """The same without numbers or memory for them, which a file may claim more of than there is."""
+    with torch.device("meta"):
+        return network(arguments)
 
 
 def expected(net: EGNN, schedule: Schedule) -> dict[str, Tensor]:
@@ -289,7 +293,7 @@ def _state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _fit(state: Mapping[str, Tensor], needed: Mapping[str, Tensor], source: str) -> None:
+def fit(state: Mapping[str, Tensor], needed: Mapping[str, Tensor], source: str) -> None:
     """Every tensor as the settings have it, and finite."""
     for key in [*needed, *state]:
         has, needs = _kind(state.get(key)), _kind(needed.get(key))

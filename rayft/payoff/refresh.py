@@ -19,10 +19,8 @@ from rayft.bench import Bench
 from rayft.chain import Chains
 from rayft.payoff.pairs import Aim, Centre, place
 from rayft.payoff.reading import Reading, TimestepWeight, View, timestep_factor
-from rayft.space import Context
 
 SEED_RANGE = 2**62
-PIECE = 2048  # rows that mu_pre is asked for at a time
 
 
 @dataclass(frozen=True)
@@ -75,18 +73,13 @@ def draw(
     seed = int(torch.randint(SEED_RANGE, (), generator=generator))
     data = torch.from_numpy(np.ascontiguousarray(scored.x_0[chosen]))
     x_t, towards = place(process, bench.reference.space, data, t, context, seed, centre)
-    mean_ref = torch.cat([_mean(bench, slice(n, n + PIECE), x_t, t, context) for n in range(0, num, PIECE)])
+    told = {k: v.to(bench.device) for k, v in context.items()}
+    mean_ref = bench.reference.mean(x_t.to(bench.device), t.to(bench.device), told).cpu()
     factor = torch.from_numpy(timestep_factor(timestep_weight, process, t.numpy())).to(x_t.dtype)
     shift = factor.reshape(-1, *[1] * (x_t.ndim - 1)) * (towards - mean_ref)
     columns = {"mean_ref": mean_ref, "weight": factor, "factor": factor, "shift": shift}
     rows = {k: v.unsqueeze(0) for k, v in columns.items()}
     return Chains(torch.stack([towards, x_t]), t.unsqueeze(0), context, rows).numpy()
-
-
-def _mean(bench: Bench, rows: slice, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
-    """mu_pre of some rows, on the network's own device."""
-    told = {k: v[rows].to(bench.device) for k, v in context.items()}
-    return bench.reference.mean(x_t[rows].to(bench.device), t[rows].to(bench.device), told).cpu()
 
 
 def _systematic(weight: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
