@@ -42,6 +42,11 @@ class Row:
     config: str | None = None  # a shipped config; None: the pretrained model
     of: int = 1  # the best of so many samples, by ``reward``
     reward: str = "qed"
+    run: str | None = None  # the row whose run it looks at; its own where none is named
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / f"{self.run or self.name}-{self.seed}"
 
     @property
     def file(self) -> Path:
@@ -53,6 +58,7 @@ QUEUE = (
     Row("best_of_12_qed", 0, of=12),
     Row("best_of_12_synth", 0, of=12, reward="synth"),
     *(Row("qed_rgdm", seed, "molecules_qed_rgdm") for seed in range(3)),
+    Row("best_of_4_qed_rgdm", 0, "molecules_qed_rgdm", of=4, run="qed_rgdm"),
     *(Row("qed_ppo", seed, "molecules_qed_ppo") for seed in range(3)),
     Row("qed_rwmle", 0, "molecules_qed_rwmle"),
     *(Row(f"synth_{name}", 0, f"molecules_synth_{name}") for name in ("rgdm", "ppo", "rwmle")),
@@ -80,7 +86,7 @@ def work(row: Row, num: int) -> dict[str, Any]:
     start, told = time.perf_counter(), {}
     weights = None
     if row.config is not None:
-        folder = RUNS / f"{row.name}-{row.seed}"
+        folder = row.folder
         told = _finished(row, folder)
         weights = folder / "policy.safetensors"
         checkpoint = store.load(folder)
@@ -114,7 +120,8 @@ def _finished(row: Row, folder: Path) -> dict[str, float]:
         subprocess.run([sys.executable, "-m", "rayft.cli", "run", *told, "--quiet"], check=True)
     with (folder / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
-    return {name.removeprefix("evaluate/"): float(last[name]) for name in RUN if last.get(name)}
+    told = {name.removeprefix("evaluate/"): float(last[name]) for name in RUN if last.get(name)}
+    return {name: value for name, value in told.items() if np.isfinite(value)}
 
 
 def show() -> None:
