@@ -60,6 +60,30 @@ def test_every_algorithm_trains_on_every_domain_and_restores(ray_session, tmp_pa
     again.stop()
 
 
+def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_session, tmp_path):
+    told = {"roll_in": "noised", "rows": 256, "alpha": 0.5}
+    algo = small("rwmle", **told).build_algo()
+    for _ in range(2):
+        algo.train()
+    assert [len(one.x_0) for one in algo.seen] == [64, 64]
+    path = algo.save_to_path(str(tmp_path / "state"))
+    algo.train()
+    expected = algo.policy_state()
+    algo.stop()
+    again = small("rwmle", **told).build_algo()
+    again.restore_from_path(path)
+    again.train()
+    found = again.policy_state()
+    assert sum(len(one.x_0) for one in again.seen) == 192
+    again.stop()
+    assert all((found[k] == expected[k]).all() for k in expected)
+
+
+def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
+    with pytest.raises(ValueError, match="rows is for roll_in noised"):
+        small("rwmle", rows=256).build_algo()
+
+
 @pytest.mark.parametrize(
     ("name", "iterations", "told", "least"),
     [

@@ -10,7 +10,17 @@ from torch.distributions import Normal, kl_divergence
 from envs.toy import data as mixture
 from envs.toy.masked import MEANS, SPREAD, MaskedToy
 from envs.toy.model import ExactDenoiser
-from rayft.chain import Chains, Policy, expand, forward_noise, posterior_mean, reverse_process, sample, sample_roll_in
+from rayft.chain import (
+    PIECE,
+    Chains,
+    Policy,
+    expand,
+    forward_noise,
+    posterior_mean,
+    reverse_process,
+    sample,
+    sample_roll_in,
+)
 from rayft.schedule import from_alpha_bar, linear, polynomial
 from rayft.space import FullSpace
 
@@ -93,6 +103,26 @@ def test_the_mean_of_a_batch_at_one_timestep_is_the_mean_row_by_row(process):
     for policy in three_policies(process).values():
         for step in range(1, 13):
             close(policy.mean_at(x_t, step, {}), policy.mean(x_t, torch.full((5,), step), {}))
+
+
+def test_without_a_gradient_a_large_batch_is_one_network_call_a_piece_and_the_same_mean():
+    """What is asked for with a gradient goes through whole."""
+    calls = []
+
+    def network(x_t, timestep, context):
+        calls.append(len(x_t))
+        assert len(timestep) == len(context["scale"]) == len(x_t)
+        return x_t * context["scale"][:, None] + timestep[:, None]
+
+    policy = Policy(network, reverse_process(linear(10, 0.01, 0.3)), FullSpace())
+    x_t, context = drawn(0, 700, PIECE // 300), {"scale": drawn(1, 700)}
+    t = torch.arange(700) % 10 + 1
+    whole = policy.mean(x_t, t, context)
+    with torch.no_grad():
+        assert torch.equal(policy.mean(x_t, t, context), whole)
+        row = policy.mean_at(x_t, 3, context)
+    assert calls == [700, *[300, 300, 100] * 2]
+    close(row, policy.mean(x_t, torch.full((700,), 3), context))
 
 
 def test_the_mean_is_ddpms_formula():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_molecules import PUBLISHED
 
-from envs.molecules import files
+from envs.molecules import domain, files
 from envs.molecules.data import Molecules as Table
 from envs.molecules.decode import heavy
 from envs.molecules.domain import ELEMENTS, MAX_ATOMS, NUM_OF_SIZE, Molecules, denser_near_data, events_of
@@ -77,3 +77,12 @@ def test_the_shipped_model_is_small():
     assert sum(p.numel() for p in Molecules(weights=None).denoiser().parameters()) * 4 < 3e6
     assert len(ELEMENTS) + 3 == Molecules().event_shape[1]
     assert len(NUM_OF_SIZE) == MAX_ATOMS + 1
+
+
+def test_what_is_held_out_is_qm9s_validation_split_and_nothing_of_ones_own_data(table, monkeypatch):
+    asked = []
+    monkeypatch.setattr(domain, "trained_on", lambda *told: asked.append(told) or table.heavy())
+    x_0, context = Molecules().held_out(5, torch.Generator().manual_seed(0))
+    assert asked == [("qm9", MAX_ATOMS, "valid")]
+    assert x_0.shape == (5, MAX_ATOMS, 7) and context["mask"].shape == (5, MAX_ATOMS)
+    assert Molecules(data="mine.sdf").held_out(5, torch.Generator()) is None
