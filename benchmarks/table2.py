@@ -30,6 +30,15 @@ from rayft import store
 
 RUNS, NUM, CALLS = Path("runs/table2"), 10_000, 12_288
 COLUMNS = ("validity", "uniqueness", "novelty", "qed", "qed_of_all", "sa", "synth", "diversity", "num_scaffolds")
+SHOWN = {  # column -> heading
+    "validity": "valid",
+    "uniqueness": "unique",
+    "novelty": "novel",
+    "qed": "QED",
+    "synth": "synth",
+    "diversity": "divers.",
+    "kl": "KL",
+}
 RUN = ("evaluate/kl", "evaluate/frontier_share", "evaluate/attained", "reward_calls", "time_s")
 
 
@@ -125,21 +134,24 @@ def _finished(row: Row, folder: Path) -> dict[str, float]:
 
 
 def show() -> None:
-    """Rows with several seeds as mean and interval."""
+    """Rows with several seeds as a mean and the half of its 95% interval; ``results/table2`` has the rest."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in QUEUE:
         if row.file.is_file():
             found.setdefault(row.name, []).append(json.loads(row.file.read_text()))
-    columns = (*COLUMNS, "kl", "frontier_share")
     table = [
-        [name, len(runs), *(_cell([run[c] for run in runs if np.isfinite(run.get(c, np.nan))]) for c in columns)]
+        [name, f"{runs[0]['num_samples']:,}", *(_cell([run[c] for run in runs if c in run]) for c in SHOWN)]
         for name, runs in found.items()
     ]
-    _result.show("Table 2, heavy atoms", ("row", "seeds", *columns), table)
+    _result.show("Table 2, heavy atoms", ("row", "samples", *SHOWN.values()), table)
 
 
-def _cell(values: list[float]) -> object:
-    return _result.over_seeds(values) if values else "-"
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    figure = _result.over_seeds(values)
+    half = "" if figure.high is None else f" ±{figure.high - figure.value:.2g}"
+    return f"{figure.value:.3g}{half}"
 
 
 if __name__ == "__main__":
