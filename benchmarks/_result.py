@@ -97,7 +97,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], 
     """A table, 100 columns wide where there is no terminal; the first column is text."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
