@@ -114,7 +114,8 @@ class RWMLE(ChainRL):
 
     def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().set_state(state, *args, **kwargs)
-        self.seen = [Seen(**one) for one in state.get("seen", [])]
+        if "seen" in state:
+            self.seen = [Seen(**one) for one in state["seen"]]
 
 
 class RWMLEConfig(DiffusionConfig):
