@@ -78,10 +78,7 @@ class Clip:
     high: Number = math.inf
 
     def __post_init__(self) -> None:
-        if (self.low, self.high) == (-math.inf, math.inf):
-            raise ValueError("clip has no bound; give low, high or both")
-        if self.low > self.high:
-            raise ValueError(f"low is {self.low:g}, above high, which is {self.high:g}")
+        _check_bounds("clip", self.low, self.high)
 
     def __call__(self, v: np.ndarray, fit: Sequence[float]) -> np.ndarray:
         return np.clip(v, self.low, self.high)
@@ -98,14 +95,18 @@ class Window:
     scale: Positive = 1.0
 
     def __post_init__(self) -> None:
-        if (self.low, self.high) == (-math.inf, math.inf):
-            raise ValueError("window has no bound; give low, high or both")
-        if self.low > self.high:
-            raise ValueError(f"low is {self.low:g}, above high, which is {self.high:g}")
+        _check_bounds("window", self.low, self.high)
 
     def __call__(self, v: np.ndarray, fit: Sequence[float]) -> np.ndarray:
         outside = np.maximum(np.maximum(self.low - v, v - self.high), 0.0)
         return np.exp(-((outside / self.scale) ** 2) / 2)
+
+
+def _check_bounds(name: str, low: float, high: float) -> None:
+    if (low, high) == (-math.inf, math.inf):
+        raise ValueError(f"{name} has no bound; give low, high or both")
+    if low > high:
+        raise ValueError(f"low is {low:g}, above high, which is {high:g}")
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,9 @@ class Policy:
 
     def _output(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
         """In pieces where nobody asks for a gradient: what a piece of a network computes then stays in the cache."""
-        rows = max(1, PIECE // max(x_t[0].numel(), 1)) if len(x_t) else 1
-        if torch.is_grad_enabled() or x_t.device.type != "cpu" or len(x_t) <= rows:
+        if torch.is_grad_enabled() or x_t.numel() <= PIECE or x_t.device.type != "cpu":
             return self._piece(x_t, t, context)
+        rows = max(1, PIECE * len(x_t) // x_t.numel())
         pieces = [slice(start, start + rows) for start in range(0, len(x_t), rows)]
         return torch.cat([self._piece(x_t[p], t[p], {k: v[p] for k, v in context.items()}) for p in pieces])
 

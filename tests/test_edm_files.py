@@ -8,32 +8,18 @@ import io
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_molecules import PUBLISHED
+from test_edm import CONDITIONAL, GOLDEN, WEIGHTS, Runs
 
 from envs.molecules import edm, edm_files
 from rayft import store
 from rayft.cli import main
 from rayft.domain import build
-
-GOLDEN = Path(__file__).parent / "golden" / "edm"
-CONDITIONAL = GOLDEN / "conditional"
-WEIGHTS = "generative_model_ema.npy"
-
-
-class Runs:
-    """Pickled as a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ def view(**told):
     )
 
 
-def again(b, shard, told, seed=0, **how):
+def again(b, shard, told, seed=0, timesteps=None, **how):
     seen = view(**how)
     found = reading(b, shard, told, **vars(seen))
-    return found, refreshed(found, shard.x_0, seen, told, b, torch.Generator().manual_seed(seed))
+    return found, refreshed(found, shard.x_0, seen, told, b, torch.Generator().manual_seed(seed), timesteps)
 
 
 def pulls(found):
@@ -65,6 +65,16 @@ def test_rows_below_the_timestep_stay_as_they_were():
     assert (after.chains.t[0][~early] > 4).all()
     assert np.array_equal(after.chains.columns["weight"][0][early], before.chains.columns["weight"][0][early])
     assert (after.chains.columns["weight"][0][~early] == 1).all()
+
+
+def test_rows_at_timesteps_left_out_stay_and_the_others_are_even_and_of_all_data():
+    b = bench(Normal(2))
+    shard = made(b, AT_DATA, 8000)
+    before, after = again(b, shard, AT_DATA, timesteps=(3, 5), temperature=0.2)
+    out = (before.chains.t[0] < 3) | (before.chains.t[0] > 5)
+    assert np.array_equal(after.chains.x[:, out], before.chains.x[:, out])
+    assert np.bincount(after.chains.t[0][~out], minlength=6)[3:] == pytest.approx([(~out).sum() / 3] * 3, rel=0.1)
+    assert (after.chains.columns["weight"][0][~out] == 1).all()
 
 
 def test_contexts_travel_with_their_data():

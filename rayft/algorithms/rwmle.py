@@ -102,7 +102,7 @@ class RWMLE(ChainRL):
         generator = torch_generator(self.config.seed or 0, self.iteration, "refresh")
         num, settings = self.config.num_rows(module.process.num_steps), self.settings
         told = num, module.bench("reference"), generator, "mean", settings.timestep_weight, settings.timesteps
-        return Credit(refresh.draw(refresh.Scored(x_0, weight, context), *told), {}, share)
+        return Credit(refresh.draw(refresh.Weighted(x_0, weight, context), *told), {}, share)
 
     def weight(self, context: Mapping[str, np.ndarray], rewards: np.ndarray) -> np.ndarray:
         """exp(r / alpha), of mean 1 within each group of contexts."""

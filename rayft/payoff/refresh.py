@@ -24,7 +24,7 @@ SEED_RANGE = 2**62
 
 
 @dataclass(frozen=True)
-class Scored:
+class Weighted:
     """Finished events, each with its weight (0: never drawn) and its context. numpy."""
 
     x_0: np.ndarray
@@ -43,20 +43,21 @@ def refreshed(
 ) -> Reading:
     """The reading with its late rows drawn again; the others, and what is said of effective sizes, stay."""
     chains, steps = reading.chains, bench.reference.process.num_steps
-    late = np.flatnonzero(aim.late(chains.t[0]))
-    weight = reading.weight[late].mean(axis=1)
+    t, (lowest, last) = chains.t[0], timesteps or (1, steps)
+    judged = np.flatnonzero(aim.late(t))
+    late = judged[(t[judged] >= lowest) & (t[judged] <= last)]  # the learner leaves out the others
+    weight = reading.weight[judged].mean(axis=1)
     if not len(late) or weight.sum() <= 0:
         return reading
-    scored = Scored(x_0[late], weight, {k: v[late] for k, v in chains.context.items()})
+    scored = Weighted(x_0[judged], weight, {k: v[judged] for k, v in chains.context.items()})
     first = int(np.argmax(aim.late(np.arange(1, steps + 1)))) + 1  # the smallest late timestep
-    lowest, last = timesteps or (1, steps)
     drawn = draw(scored, len(late), bench, generator, aim.centre, view.timestep_weight, (max(first, lowest), last))
     return replace(reading, chains=drawn if len(late) == chains.num_chains else _put(chains, late, drawn))
 
 
 @torch.no_grad()
 def draw(
-    scored: Scored,
+    scored: Weighted,
     num: int,
     bench: Bench,
     generator: torch.Generator,

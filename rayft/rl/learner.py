@@ -103,6 +103,8 @@ class DiffusionLearner(TorchLearner):
         total = len(known)
         learners = max(1, self.config.num_learners)
         size = min(size, total // learners * learners)
+        if not size:
+            raise ValueError("no transition of this iteration lies in training.timesteps; raise training.chains")
         index = getattr(self, "_learner_index", None) or 0
         probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
         steps, whole, self.fresh = 0, num_epochs * (total // size), True
