@@ -10,10 +10,9 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +26,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rayft import report, store
 from rayft.guards import Guard, Trip, watch
+from rayft.interrupt import told_to_stop
 from rayft.spec import RunSpec
 from rayft.table import Table
 from rayft.track import Tracker, open_trackers
@@ -68,7 +68,7 @@ class Run:
             torch.set_num_threads(self.spec.resources.torch_threads)
         self.table = Table(self.folder / "metrics.csv")
         self.note(status="running", started=now(), command=sys.argv, spec_file="config.yaml", **facts(self.spec))
-        with self.signals():
+        with told_to_stop(self.stop):
             try:
                 self.open(resume)
                 self.trackers = open_trackers(self.spec.track, self.folder, self.spec.full())
@@ -248,22 +248,10 @@ class Run:
         told = json.loads(path.read_text()) if path.is_file() else {"name": self.name}
         store.write_text(path, json.dumps({**told, **values}, indent=1))
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first Ctrl-C ends the run after this iteration, saved; the second ends it at once."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            self.display.event("stopping after this iteration; Ctrl-C again to stop at once")
-
-        before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+    def stop(self) -> None:
+        """Ends the run after this iteration, saved."""
+        self.interrupted = True
+        self.display.event("stopping after this iteration; Ctrl-C again to stop at once")
 
 
 def create_folder(spec: RunSpec) -> Path:

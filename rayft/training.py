@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from rayft import imports, store
 from rayft.denoise import LEVELS, Learner, PretrainSettings, denoising_loss, lr_share
 from rayft.domain import Domain
+from rayft.interrupt import told_to_stop
 from rayft.peers import LostLearner, Peers
 from rayft.resume import load_state, refuse_another, save_state, unfinished
 from rayft.seeds import torch_generator
@@ -80,7 +80,10 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.table = open_table(self.folder / "metrics.csv", self.step)
         whole = False
-        with Ticker("pretrain", self.settings.steps, self.step, quiet) as ticker, self.signals(ticker):
+        with (
+            Ticker("pretrain", self.settings.steps, self.step, quiet) as ticker,
+            told_to_stop(lambda: self.stop(ticker)),
+        ):
             try:
                 self.peers.open(self.packed, self.seed, self.learner)
                 self.since = self.row_since = time.monotonic()
@@ -196,23 +199,11 @@ class Training:
         self.seconds, self.window, self.recent = found["seconds"], found["window"], found["recent"]
         self.levels.copy_(found["levels"])
 
-    @contextlib.contextmanager
-    def signals(self, ticker: Ticker) -> Iterator[None]:
-        """The first Ctrl-C, or SIGTERM, ends the training after this step, saved; the second ends it at once."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            with contextlib.suppress(RuntimeError):  # it came while something was being printed
-                ticker.say("stopping after this step; Ctrl-C again to stop at once")
-
-        before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+    def stop(self, ticker: Ticker) -> None:
+        """Ends the training after this step."""
+        self.interrupted = True
+        with contextlib.suppress(RuntimeError):  # it came while something was being printed
+            ticker.say("stopping after this step; Ctrl-C again to stop at once")
 
 
 def device_of(settings: PretrainSettings) -> torch.device:
