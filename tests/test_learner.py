@@ -125,6 +125,19 @@ def test_timesteps_left_out_change_nothing(ray_session):
     assert largest_gap(*outcomes) == 0
 
 
+def test_a_share_of_the_rows_is_learned_from(ray_session):
+    algo = build(row_share=0.25, minibatch_size=128, target_kl=None, num_epochs=2)
+    update(algo, credit_of(algo))
+    assert algo.metrics.peek(("learners", "default_policy", "num_minibatches")) == 2 * 32 * 128 // 4 // 128
+    algo.stop()
+
+
+def test_no_share_of_the_rows_or_more_than_all_are_refused(ray_session):
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="row_share"):
+            build(row_share=share)
+
+
 @pytest.mark.parametrize("timesteps", [(0, 5), (6, 5), (1, 33)])
 def test_timesteps_that_the_chain_does_not_have_are_refused(ray_session, timesteps):
     with pytest.raises(ValueError, match="timesteps"):

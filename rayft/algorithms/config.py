@@ -46,6 +46,8 @@ class Settings:
     timesteps: tuple[Count, Count] | list[Count] | None = None
     """First and last t that are learned at; all where none are given. Where x_t says nothing of the reward yet, or
     nothing more, an update is noise."""
+    row_share: Positive = 1.0
+    """Share of an iteration's transitions that are learned from, drawn at random: neighbours on a chain are alike."""
     lr: Positive = 1e-3
     """AdamW's step size. The trust region below bounds what a wrong one can do."""
     lr_end: ShareOrAll = 1.0
@@ -270,6 +272,8 @@ class DiffusionConfig(AlgorithmConfig):
             raise ValueError(
                 f"training.timesteps is [{first}, {last}]; give the first and the last of t = 1 .. {process.num_steps}"
             )
+        if settings.row_share > 1:
+            raise ValueError(f"training.row_share is {settings.row_share}; it is a share, above 0 and at most 1")
         if settings.minibatch_size % (learners * settings.microbatches):
             raise ValueError(
                 f"training.minibatch_size is {settings.minibatch_size}; it must be a multiple of num_learners x "

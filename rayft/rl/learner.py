@@ -100,11 +100,13 @@ class DiffusionLearner(TorchLearner):
         """
         first, last = self.config.timesteps or (1, np.inf)
         known = np.flatnonzero((chains.t.ravel() >= first) & (chains.t.ravel() <= last))
+        if self.config.row_share < 1:
+            known = numpy_generator(*address, "share").permutation(known)[: round(self.config.row_share * len(known))]
         total = len(known)
         learners = max(1, self.config.num_learners)
         size = min(size, total // learners * learners)
         if not size:
-            raise ValueError("no transition of this iteration lies in training.timesteps; raise training.chains")
+            raise ValueError("training.timesteps and row_share leave no transition; raise training.chains")
         index = getattr(self, "_learner_index", None) or 0
         probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
         steps, whole, self.fresh = 0, num_epochs * (total // size), True

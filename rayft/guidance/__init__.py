@@ -1,0 +1,1 @@
+"""Steering a chain while it is sampled, without training anything."""
