@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS ?= $(basename $(notdir $(filter-out benchmarks/_% benchmarks/table2.py,$(wildcard benchmarks/*.py))))
+BENCHMARKS ?= $(basename $(notdir $(filter-out benchmarks/_% benchmarks/table%.py,$(wildcard benchmarks/*.py))))
 BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo molecules test test-slow lint types layers check bench clean
+.PHONY: help install demo molecules shapes table1 test test-slow lint types layers check bench clean
 
 help:
 	@echo 'make demo       install, then raise the QED of a molecule model and write a report under runs/'
+	@echo 'make shapes     from a folder of meshes to a model of them, fine-tuned towards helicopters, with pictures'
 	@echo 'make molecules  every row of Table 2 on molecules: hours, resumed where it was stopped, finished rows kept'
+	@echo 'make table1     every row of Table 1 on real shapes, likewise: DATA=shapes2048.npz'
 	@echo 'make test       install, then run the tests (test-slow: the long ones)'
 	@echo 'make check      lint, types and import layers, each a target of its own'
 	@echo 'make bench      every benchmark; BENCH_FLAGS=--quick for a short one, BENCHMARKS=name for one'
@@ -32,6 +34,14 @@ demo: install
 
 molecules: install
 	$(BIN)/python -m benchmarks.table2
+
+shapes: install
+	$(BIN)/python -m envs.shapes.generated runs/shapes_demo_meshes
+	$(BIN)/rayft pretrain shapes_demo_pretrain
+	$(BIN)/rayft run shapes_demo
+
+table1: install
+	$(BIN)/python -m benchmarks.table1 $(if $(DATA),--data $(DATA))
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=10 $(PYTEST_FLAGS)

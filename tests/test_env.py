@@ -85,6 +85,8 @@ TOLD: dict[str, dict[str, Any]] = {  # what a domain needs to be told; the other
     },
     "molecules_conditional": {"domain_arguments": {"weights": None, **SMALL}},
     "molecules_edm": {"domain_arguments": {"model": calm(), "at": {"alpha": 0, "gap": 0}, **SMALL}},
+    "shapes": {"domain_arguments": {"num_points": 16}},
+    "shapes_conditional": {"domain_arguments": {"num_points": 16, "weights": None}},
 }
 LOG_PROB = 1e-3  # x - mu rounds to 1e-7 and is divided by a sigma of 0.006 where molecules end, in sixty dimensions
 BUILTIN = sorted({"toy", "toy_masked", *domains.builtin()})

@@ -1,10 +1,10 @@
 """How far clouds of points are from each other: Chamfer's distance and the earth mover's, exactly.
 
-chamfer(x, y) = mean_i min_j |x_i - y_j|^2 + mean_j min_i |x_i - y_j|^2,    emd(x, y) = min_{permutation s} mean_i |x_i - y_s(i)|
+chamfer(x, y) = mean_i min_j |x_i - y_j|^2 + mean_j min_i |x_i - y_j|^2,    emd(x, y) = min_s mean_i |x_i - y_s(i)|
 
-The earth mover's matching is POT's (network simplex); where POT is not installed it is SciPy's, the same number in three
-to ten times as long. A pair of clouds of 2048 points takes 3 ms and half a second, and a worker 2 and 170 MB. Workers are
-threads: NumPy, SciPy and POT all leave Python alone while they work, and no cloud is copied.
+s is any permutation. The best is found by POT's network simplex; where POT is not installed by SciPy, the same number
+in three to ten times as long. A pair of clouds of 2048 points takes 3 ms and half a second, a worker 2 and 170 MB.
+Workers are threads, as NumPy, SciPy and POT let others run while they work: nothing is copied, and none can be lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 50_000  # distances held at once: they stay in a core's cache, and OpenBLAS starts no threads of its own for them
+BLOCK = (
+    50_000  # distances held at once: they stay in a core's cache, and OpenBLAS starts no threads of its own for them
+)
 MAX_PIVOTS = 10**8  # of the network simplex; a cloud of 2048 points takes some 10^5
 BACKENDS = {"torch": "PYTORCH", "jax": "JAX", "cupy": "CUPY", "tensorflow": "TENSORFLOW"}
 Clouds = np.ndarray | Sequence[Any]  # [cloud, n, 3], or clouds [n, 3] of one size
@@ -33,7 +35,7 @@ def pairwise_chamfer(
 ) -> np.ndarray:
     """float64 [len(a), len(b)], by squared distances. Clouds of ``a`` may have another size than those of ``b``.
 
-    ``num_workers`` is as many as cores where it is None, and changes no digit. With ``needed``, a mask [len(a), len(b)],
+    ``num_workers`` is as many as cores where it is None, and changes no digit. With ``needed``, a mask of the pairs,
     the others are NaN. Where ``b`` is ``a``, each pair is measured once.
     """
     first = clouds(a, "first")
@@ -115,7 +117,7 @@ def emd(x: np.ndarray, y: np.ndarray) -> float:
 
 @cache
 def pot() -> Any:
-    """POT, or None where it is not installed. It need not import torch and its like in order to match NumPy's arrays."""
+    """POT, or None where it is not installed. To match NumPy's arrays it need not import torch and its like."""
     unused = [f"POT_BACKEND_DISABLE_{name}" for module, name in BACKENDS.items() if module not in sys.modules]
     unused = [name for name in unused if name not in os.environ]
     os.environ.update(dict.fromkeys(unused, "1"))
@@ -144,6 +146,8 @@ def _pairwise(
     shape = len(left), len(right)
     if needed is not None and needed.shape != shape:
         raise ValueError(f"needed has shape {needed.shape} and there are {shape} pairs; give one truth value for each")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers is {num_workers}; give at least 1, or None for as many as there are cores")
     asked = np.ones(shape, bool) if needed is None else needed.astype(bool)
     if alike:
         asked = np.triu(asked | asked.T, 1)
@@ -159,7 +163,7 @@ def _pairwise(
                     bar(next(done), total)
             yield
 
-    _every([row(i) for i in np.flatnonzero(asked.any(1))], num_workers or cores())
+    _every([row(i) for i in np.flatnonzero(asked.any(1)).tolist()], num_workers or cores())
     if alike:
         found = np.where(np.isnan(found), found.T, found)
         np.fill_diagonal(found, 0.0)

@@ -30,11 +30,11 @@ LATENT_BLUR = 0.25  # deviations: a few hundred shapes are a kernel density in z
 NUM_POINTS = 512
 STORED_POINTS = 2048  # of each shape of the data, to draw an event's from
 REWARDS = {
-    "log_probability": "envs.shapes.reward:LogProbability",
-    "margin": "envs.shapes.reward:Margin",
     "symmetry": "envs.shapes.geometric:Symmetry",
     "extent": "envs.shapes.geometric:Extent",
     "hull_volume": "envs.shapes.geometric:HullVolume",
+    "log_probability": "envs.shapes.reward:LogProbability",
+    "margin": "envs.shapes.reward:Margin",
 }
 
 
@@ -46,8 +46,13 @@ class Shapes(Domain):
 
     rewards: Mapping[str, str] = REWARDS
     decoder = "envs.shapes.decode:clouds"
-    formats: Mapping[str, str] = {".ply": "envs.shapes.write:ply", ".obj": "envs.shapes.write:obj"}
+    formats: Mapping[str, str] = {
+        ".ply": "envs.shapes.write:ply",
+        ".obj": "envs.shapes.write:obj",
+        ".zip": "envs.shapes.write:archive",
+    }
     metrics = "envs.shapes.metrics:numbers"
+    training = "shapes_pretrain"  # the config that makes its weights
 
     def __init__(
         self,
@@ -92,8 +97,10 @@ class Shapes(Domain):
         net = ShapeDenoiser(1 - torch.cat([ab[:1], ab[1:] / ab[:-1]]), num_classes)
         if self.weights is None:
             net.remember(fit(self._embeddings["train"]))
-        else:
+        elif Path(self.weights).is_file():
             load_weights(net, Path(self.weights))
+        else:
+            raise ValueError(f"there are no weights in {self.weights}: make them with `rayft pretrain {self.training}`")
         return net
 
     @cached_property
@@ -132,6 +139,8 @@ class ConditionalShapes(Shapes):
 
     Weights: ``rayft pretrain shapes_conditional_pretrain``.
     """
+
+    training = "shapes_conditional_pretrain"
 
     def __init__(
         self,

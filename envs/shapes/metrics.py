@@ -109,7 +109,7 @@ def mmd_cov(sr: np.ndarray) -> tuple[float, float]:
 
 
 def one_nn_accuracy(ss: np.ndarray, sr: np.ndarray, rr: np.ndarray) -> float:
-    """The share of all clouds whose nearest other cloud is of their own set: 0.5 where the sets are alike, 1 where apart.
+    """The share of all clouds whose nearest other is of their own set: 0.5 where the sets are alike, 1 where apart.
 
     Below 0.5, samples lie nearer to references than sets of one kind would: they are copies.
     """
@@ -129,8 +129,8 @@ def jsd(samples: Clouds, references: Clouds, resolution: int = RESOLUTION, half:
     count, and a point is at its nearest. Public code takes ``half`` = 0.5 also for clouds in [-1, 1]^3: what lies
     farther out then falls on the ball's surface.
     """
-    if resolution < 2 or not half > 0:
-        raise ValueError(f"resolution is {resolution} and half {half}; take at least 2 nodes and a length above 0")
+    if resolution < 3 or not half > 0:
+        raise ValueError(f"resolution is {resolution} and half {half}; take at least 3 nodes and a length above 0")
     both = (clouds(some, name) for some, name in ((samples, "sample"), (references, "reference")))
     return _divergence(*(_nodes(some, resolution, half) for some in both))
 
@@ -148,7 +148,7 @@ def hit_rate(labels: Sequence[Any], wanted: Any) -> float:
 def numbers(samples: Sequence[Any]) -> dict[str, float]:
     """A few numbers of a set without references, for ``Domain.metrics``; None among the samples is passed over.
 
-    diversity: mean Chamfer's distance between different samples, in the box. flatness: shortest edge of the bounding box
+    diversity: mean Chamfer's distance between different samples, in the box. flatness: the bounding box's shortest edge
     over its longest. stray points: the share that lies alone, as noise does.
     """
     found = [sample for sample in samples if sample is not None]
@@ -167,12 +167,12 @@ def numbers(samples: Sequence[Any]) -> dict[str, float]:
 
 
 def stray(given: np.ndarray) -> float:
-    """The share of points that are STRAY times as far from their fourth neighbour as the median point of their cloud."""
-    from scipy.spatial import cKDTree
+    """The share of points STRAY times as far from their fourth neighbour as the median point of their cloud."""
+    from scipy.spatial import KDTree
 
     if given.shape[1] <= NEIGHBOUR:
         return math.nan
-    far = np.stack([np.asarray(cKDTree(cloud).query(cloud, [NEIGHBOUR + 1])[0])[:, 0] for cloud in given])
+    far = np.stack([np.asarray(KDTree(cloud).query(cloud, NEIGHBOUR + 1)[0])[:, -1] for cloud in given])
     return float((far > STRAY * np.median(far, axis=1, keepdims=True)).mean())
 
 
@@ -225,14 +225,14 @@ def _nodes(given: np.ndarray, resolution: int, half: float) -> np.ndarray:
 @cache
 def _grid(resolution: int) -> tuple[Any, np.ndarray]:
     """The nodes in the unit ball, and their numbers [x, y, z], -1 where there is none."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     edge = np.linspace(-1, 1, resolution)
     places = np.stack(np.meshgrid(edge, edge, edge, indexing="ij"), -1)
     inside = np.square(places).sum(-1) <= 1
     number = np.full(inside.shape, -1)
     number[inside] = np.arange(inside.sum())
-    return cKDTree(places[inside]), number
+    return KDTree(places[inside]), number
 
 
 def _divergence(nodes: np.ndarray, others: np.ndarray) -> float:

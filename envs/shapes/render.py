@@ -1,8 +1,7 @@
-"""What the report shows of shapes: pictures of the best, of typical ones and of some at random, and some to turn around.
+"""What the report shows of shapes: pictures of the best, of typical ones and of some at random, and some to turn.
 
-A picture is a PNG with a see-through background inside the page, drawn by ``splat``: it suits a light page and a dark one.
-The figures are plotly.js's, in the page's colours. Of two models of 2048 points all this is 0.7 MB, and of the noisiest
-clouds below 1.5.
+A picture is a PNG inside the page, drawn by ``splat`` on nothing: it suits a light page and a dark one. The figures are
+plotly.js's, in the page's colours. Of two models of 2048 points all this is 0.9 MB, of the noisiest clouds below 1.5.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from envs.shapes import splat
 if TYPE_CHECKING:
     from rayft.domain import Panel
 
-NUM_DRAWN, NUM_SOLID = 4, 4  # pictures in a row, and clouds of a model to turn around
+NUM_DRAWN, NUM_SOLID = 5, 4  # pictures in a row, and clouds of a model to turn around
 MOST_POINTS = 2048  # of a cloud to turn around
 SIZES = {"corner": (300, 210), "top": (300, 150)}  # width and height of what a picture of the page shows
 COLOURS = {"pretrained": "before", "fine-tuned": "run"}

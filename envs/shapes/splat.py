@@ -1,9 +1,10 @@
-"""A cloud of points as a picture, with neither display nor GPU: a disc for each point, lit as the surface it seems to be of.
+"""A cloud of points as a picture, with neither display nor GPU: discs, lit as the surface that they seem to be of.
 
     light = ambient + diffuse max(0, n . l) - occlusion max(0, blurred depth - depth)
 
-n is the normal of the plane through a point's neighbours, bent towards that of a ball so that a point stays one where there
-is no surface. The nearest disc at a pixel is seen. A picture is light and cover in 0..1; a ramp of colours makes it a PNG.
+n is the normal of the plane through a point's neighbours, bent towards that of a ball so that a point stays one where
+there is no surface. The nearest disc at a pixel is seen. A picture is light and cover in 0..1; a ramp of colours makes
+it a PNG.
 """
 
 from __future__ import annotations
@@ -69,18 +70,19 @@ def _turned(points: np.ndarray, azimuth: float, elevation: float) -> tuple[np.nd
 
 
 def _normals(points: np.ndarray) -> np.ndarray:
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
-    near = np.asarray(cKDTree(points).query(points, min(NEIGHBOURS, len(points)))[1]).reshape(len(points), -1)
+    near = np.asarray(KDTree(points).query(points, min(NEIGHBOURS, len(points)))[1]).reshape(len(points), -1)
     around = points[near] - points[near].mean(1, keepdims=True)
     return np.linalg.eigh(around.transpose(0, 2, 1) @ around)[1][:, :, 0]
 
 
 def _spacing(points: np.ndarray) -> float:
     """How far points are from each other where they are as dense as is usual."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
-    return float(np.median(np.asarray(cKDTree(points).query(points, [min(4, len(points))])[0])))
+    far = np.asarray(KDTree(points).query(points, min(4, len(points)))[0]).reshape(len(points), -1)
+    return float(np.median(far[:, -1]))
 
 
 def _splat(at: np.ndarray, normals: np.ndarray, radius: float, w: int, h: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +93,8 @@ def _splat(at: np.ndarray, normals: np.ndarray, radius: float, w: int, h: int) -
     square = (np.square(x - at[:, :1]) + np.square(y - at[:, 1:2])) / radius**2
     kept = (square <= 1) & (x >= 0) & (x < w) & (y >= 0) & (y < h)
     deep = (at[:, 2:] + radius * np.sqrt(np.maximum(1 - square, 0)))[kept]
-    order, place = np.argsort(deep, kind="stable"), (y * w + x)[kept]
+    level = (deep - deep.min()) * (65535 / max(float(np.ptp(deep)), 1e-9))
+    order, place = np.argsort(level.astype(np.uint16), kind="stable"), (y * w + x)[kept]  # NumPy counts small integers
     depth, nearest = np.full(h * w, -np.inf), np.full(h * w, -1)
     depth[place[order]], nearest[place[order]] = deep[order], np.nonzero(kept)[0][order]  # the last, the nearest, stays
     seen = np.flatnonzero(nearest >= 0)

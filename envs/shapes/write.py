@@ -1,11 +1,11 @@
-"""Generated shapes as files: ``.ply`` with scores on every point, ``.obj`` with an object for each, ``.zip`` of single PLYs.
+"""Generated shapes as files: ``.ply`` with scores on every point, ``.obj`` with an object each, ``.zip`` of PLYs.
 
 write(path, samples, columns) -> how many it wrote,    samples[i] = [n, 3] or None,    columns[name][i] = its number
 
-A PLY or OBJ is one file, so that it opens with a double click in MeshLab or Blender and shows all samples at once: one
-lies where the model made it, several side by side in rows on the floor, the first at the origin and the best first where the
-best were chosen. PLY says of each point its ``sample`` and scores, to filter and colour by; OBJ's objects can be picked by
-name. To work on shapes one by one there is ``.zip``: each in its own file, where the model made it.
+A PLY or OBJ is one file that MeshLab or Blender opens to show all samples at once: one lies where the model made it,
+several lie in rows on the floor, in the order in which they are given: with --top, the best come first. PLY says of
+each point its ``sample`` and scores, to filter and colour by; OBJ's objects can be picked by name. To work on shapes
+one by one there is ``.zip``: each in its own file, where the model made it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 GAP = 1.25  # times the widest sample, from one to the next
-FLOOR = {"z": (0, 1), "y": (0, 2)}  # the axes that rows and columns go along
 LOW, HIGH = np.array([94, 110, 138]), np.array([255, 166, 61])  # colours of the lowest and of the highest reward
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # a file's time in an archive, which would make two that are alike differ
 Columns = Mapping[str, np.ndarray]
@@ -35,7 +34,7 @@ def ply(path: Path, samples: Sequence[Any], columns: Columns) -> int:
 
 
 def obj(path: Path, samples: Sequence[Any], columns: Columns) -> int:
-    """Points as ``p`` elements, without which importers drop them; scores are comments above each object."""
+    """Points as ``p`` elements, the format's own; scores are comments above each object."""
     rows, first = _present(samples), 1
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row, place in zip(rows, _places(samples, rows), strict=True):
@@ -48,7 +47,7 @@ def obj(path: Path, samples: Sequence[Any], columns: Columns) -> int:
 
 
 def archive(path: Path, samples: Sequence[Any], columns: Columns) -> int:
-    """``sample_0007.ply`` for each, which ``rayft`` also reads as a folder of shapes once it is unpacked."""
+    """``sample_0007.ply`` for each."""
     rows = _present(samples)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bundle:
         for row in rows:
@@ -64,7 +63,7 @@ def _ply(file: BinaryIO, samples: Sequence[Any], columns: Columns, rows: Sequenc
     kinds = [(axis, "<f4") for axis in "xyz"] + [(ink, "u1") for ink in ("red", "green", "blue")]
     kinds += [("sample", "<i4"), *((tag, "<f4") for tag in scores.values())]
     sizes = [len(samples[row]) for row in rows]
-    table, inks = np.zeros(sum(sizes), kinds), _inks(columns, len(samples))
+    table, inks = np.zeros(sum(sizes), kinds), _inks(columns, _present(samples), len(samples))
     for row, place, stop, size in zip(rows, places, np.cumsum(sizes).tolist(), sizes, strict=True):
         part = table[stop - size : stop]
         for i, axis in enumerate("xyz"):
@@ -86,22 +85,21 @@ def _present(samples: Sequence[Any]) -> list[int]:
     return [row for row, sample in enumerate(samples) if sample is not None]
 
 
-def _places(samples: Sequence[Any], rows: Sequence[int], up: str = "z") -> np.ndarray:
-    """How far each sample is moved [sample, 3]: in a square of rows, the first stays where it is."""
+def _places(samples: Sequence[Any], rows: Sequence[int]) -> np.ndarray:
+    """How far each sample is moved [sample, 3]: rows along x, one behind the other along -y; the first stays."""
     if not rows:
         return np.zeros((0, 3))
     step = GAP * max(float(np.ptp(np.asarray(samples[row]), axis=0).max()) for row in rows)
     across, found = int(np.ceil(np.sqrt(len(rows)))), np.zeros((len(rows), 3))
-    right, back = FLOOR[up]
-    found[:, right] = np.arange(len(rows)) % across * step
-    found[:, back] = np.arange(len(rows)) // across * -step
+    found[:, 0] = np.arange(len(rows)) % across * step
+    found[:, 1] = np.arange(len(rows)) // across * -step
     return found.round(4)
 
 
-def _inks(columns: Columns, num: int) -> np.ndarray:
-    """From the lowest reward to the highest [sample, 3]; grey where there is none."""
+def _inks(columns: Columns, present: Sequence[int], num: int) -> np.ndarray:
+    """From the lowest reward of a shape to the highest [sample, 3]; grey where there is none."""
     reward = np.asarray(columns.get("reward", np.full(num, np.nan)), dtype=float)
-    seen = np.isfinite(reward)
+    seen = np.isfinite(reward) & np.isin(np.arange(num), present)
     found = np.full((num, 3), 160)
     if seen.any():
         low, high = reward[seen].min(), reward[seen].max()
