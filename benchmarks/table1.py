@@ -4,7 +4,7 @@
     python -m benchmarks.table1 --show                       prints what is there
 
 The shapes are the Princeton Shape Benchmark's and SHREC'12's, for research only, so they are not part of the package:
-an npz with points, label, classes, class_group and name. A row is one process: its model or run, 256 clouds of it, and
+an npz with points, label, classes, class_group and name. A row is one process: its model or run, 200 clouds of it, and
 their distance to the real shapes of the sub-category; results/table1/ keeps the rows.
 """
 
@@ -38,8 +38,8 @@ from rayft.seeds import torch_generator
 
 DATA = os.environ.get("RAYFT_SHAPES", "../shared/data/shapes_psb_shrec/shapes2048.npz")
 RUNS, RESULTS = Path("runs/table1"), _result.RESULTS / "table1"
-NUM, NUM_POINTS, BATCH = 256, 512, 64
-GUIDANCE = 0.5  # alpha of TPM
+NUM, NUM_POINTS, BATCH = 200, 512, 40
+GUIDANCE = 0.2  # alpha of TPM
 TARGETS = {"aircraft": "Helicopter", "vehicle": "Bus", "seat": "WheelChair"}
 TRAINED = ("rgdm", "rgdm_importance", "rgdm_gradient", "rgdm_annealing", "ppo", "rwmle")
 METHODS = ("pretrained", "conditional", "tpm", *TRAINED)
@@ -86,7 +86,7 @@ class Row:
         return RUNS / self.name
 
 
-QUEUE = tuple(Row(c, m, s) for c, seeds in SEEDS.items() for s in range(seeds) for m in METHODS)
+QUEUE = tuple(Row(c, m, s) for s in range(3) for c, seeds in SEEDS.items() if s < seeds for m in METHODS)
 
 
 def main() -> None:
@@ -208,7 +208,7 @@ def finished(row: Row, data: str) -> dict[str, float]:
     if not (marks.is_file() and json.loads(marks.read_text()).get("status") == "finished"):
         label, watched = TARGETS[row.category], str(classifier(row.category, data, "voxnet"))
         told = [f"seed={row.seed}", f"name={row.run.name}", f"output={row.run.parent}"]
-        told += [f"domain.data={data}", f"domain.group={row.category}", f"domain.num_points={NUM_POINTS}"]
+        told += [f"domain.data={data}", f"domain.group={row.category}"]
         told += [f"domain.weights={model(row.category, data, 'shapes')}", f"reward.label={label}"]
         told += [f"reward.classifier={classifier(row.category, data, 'pointnet')}"]
         told += [f"watch.held_out.label={label}", f"watch.held_out.classifier={watched}"]

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from benchmarks import table1
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,3 +70,29 @@ def test_the_rewards_benchmark_runs_and_poison_is_found_exactly(tmp_path: Path):
     told = figures("rewards", tmp_path)
     assert told["poison/exact"] == 1
     assert told["cache/20k_seconds"] < 2
+
+
+@pytest.mark.slow
+def test_the_shapes_benchmark_runs_and_the_engine_costs_little_beside_the_network(tmp_path: Path):
+    told = figures("shapes", tmp_path)
+    assert 0.8 < told["sample/vs_bare"] < 2
+    assert told["emd/minutes_50x50"] > 0
+    assert 0 < told["emd/power"] < 4
+
+
+def test_table_1_calls_a_tie_a_tie():
+    rng = np.random.default_rng(0)
+    near, far = rng.normal(1.0, 0.1, 20), rng.normal(2.0, 0.1, 60)
+    assert table1.tied(near, near + 0.05)
+    assert not table1.tied(near, far)
+    columns = dict.fromkeys(table1.SHOWN, near)
+    found = {"rgdm": columns, "tpm": {**columns, "all/mmd_cd": near + 0.02}, "ppo": {**columns, "all/mmd_cd": far}}
+    assert table1.best(found, "all/mmd_cd") == ["rgdm", "tpm"]
+    assert table1.best({**found, "ppo": {**columns, "all/cov_cd": far}}, "all/cov_cd") == ["ppo"]
+
+
+def test_table_1_has_every_method_on_every_category():
+    names = [row.name for row in table1.QUEUE]
+    assert len(names) == len(set(names)) == len(table1.METHODS) * sum(table1.SEEDS.values())
+    for method in table1.TRAINED:
+        assert (ROOT / "tune_configs" / f"shapes_helicopter_{method}.yaml").is_file()

@@ -35,7 +35,7 @@ def test_points_are_drawn_anew_and_none_twice(fresh):
 
 
 def test_what_is_held_out_is_not_trained_on(fresh):
-    parts = {name: set(part.name.tolist()) for name, part in fresh.table.items()}
+    parts = {name: set(part.name.tolist()) for name, part in fresh.shapes.table.items()}
     assert not parts["train"] & parts["valid"]
     assert not parts["train"] & parts["test"]
     found = fresh.held_out(5, torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_the_schedule_is_the_papers(fresh):
 def test_a_fresh_network_knows_what_the_latent_means(fresh):
     net = fresh.denoiser()
     assert isinstance(net, ShapeDenoiser)
-    z = net.latents.of(fresh._embeddings["train"])
+    z = net.latents.of(fresh.shapes.embeddings["train"])
     assert z.shape[1] == LATENT
     assert float(z.std()) == pytest.approx(1, abs=0.02)
 
@@ -82,11 +82,11 @@ def test_what_is_no_cloud_decodes_to_nothing():
 
 def test_the_conditional_model_is_told_the_class_that_is_asked_for():
     domain = ConditionalShapes("helicopter", num_points=8, weights=None)
-    place = domain.table["train"].classes.index("helicopter")
+    place = domain.shapes.classes.index("helicopter")
     assert (domain.context(4, torch.Generator())["label"] == place).all()
     anyone = ConditionalShapes(num_points=8, weights=None)
     drawn = anyone.context(2000, torch.Generator().manual_seed(0))["label"]
-    share = float((anyone.table["train"].label == place).mean())
+    share = float((anyone.shapes.table["train"].label == place).mean())
     assert float((drawn == place).float().mean()) == pytest.approx(share, abs=0.03)
     x_0, context = anyone.data(6, torch.Generator().manual_seed(0))
     assert anyone.denoiser()(x_0, torch.full((6,), 5), context).shape == x_0.shape

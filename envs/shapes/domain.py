@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from envs.shapes.data import Shapes as Table
-from envs.shapes.data import normalised, split
-from envs.shapes.latent import ROWS, embedding, fit
+from envs.shapes.latent import ROWS, fit
 from envs.shapes.model import ShapeDenoiser
+from envs.shapes.source import STORED_POINTS, Source, open_source
 from rayft.domain import Denoiser, Domain, Panel, load_weights
 from rayft.schedule import Schedule, linear
 from rayft.space import Context
@@ -28,7 +26,6 @@ NUM_STEPS, BETA_1, BETA_T = 100, 1e-4, 0.05  # R Sec. 5.1
 LATENT_SCALE = 2.0  # z is settled before its points: four times their signal over noise; more would show at T
 LATENT_BLUR = 0.25  # deviations: a few hundred shapes are a kernel density in z, not a few hundred z to be remembered
 NUM_POINTS = 512
-STORED_POINTS = 2048  # of each shape of the data, to draw an event's from
 REWARDS = {
     "symmetry": "envs.shapes.geometric:Symmetry",
     "extent": "envs.shapes.geometric:Extent",
@@ -78,25 +75,23 @@ class Shapes(Domain):
         return self._drawn("train", num_events, generator)
 
     def held_out(self, num_events: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]] | None:
-        return self._drawn("valid", num_events, generator) if len(self.table["valid"]) else None
+        return self._drawn("valid", num_events, generator) if len(self.shapes.table["valid"]) else None
 
     def page(self, panels: Mapping[str, Panel]) -> dict[str, str]:
         from envs.shapes.render import sections
 
         return sections(panels)
 
-    @cached_property
-    def table(self) -> dict[str, Table]:
-        """The data by split."""
-        from envs.shapes.formats import read
-
-        return split(read(self.source, STORED_POINTS, self.group, self.classes))
+    @property
+    def shapes(self) -> Source:
+        """The data."""
+        return open_source(self.source, self.group, self.classes)
 
     def _net(self, num_classes: int) -> ShapeDenoiser:
         ab = self.schedule().alpha_bar
         net = ShapeDenoiser(1 - torch.cat([ab[:1], ab[1:] / ab[:-1]]), num_classes)
         if self.weights is None:
-            net.remember(fit(self._embeddings["train"]))
+            net.remember(fit(self.shapes.embeddings["train"]))
         elif Path(self.weights).is_file():
             load_weights(net, Path(self.weights))
         else:
@@ -104,22 +99,15 @@ class Shapes(Domain):
         return net
 
     @cached_property
-    def _clouds(self) -> dict[str, Any]:
-        return {name: normalised(part.points) for name, part in self.table.items()}
-
-    @cached_property
-    def _embeddings(self) -> dict[str, Any]:
-        return {name: embedding(clouds) for name, clouds in self._clouds.items()}
-
-    @cached_property
     def _events(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Latents as rows, and all points, by split."""
         net = self.denoiser()
         assert isinstance(net, ShapeDenoiser)
-        z = {name: torch.from_numpy(net.latents.of(phi)) for name, phi in self._embeddings.items()}
-        return {
-            name: (LATENT_SCALE * z[name].unflatten(1, (ROWS, 3)), torch.from_numpy(self._clouds[name])) for name in z
-        }
+        told, shapes = {}, self.shapes
+        for name, phi in shapes.embeddings.items():
+            z = LATENT_SCALE * torch.from_numpy(net.latents.of(phi))
+            told[name] = z.unflatten(1, (ROWS, 3)), torch.from_numpy(shapes.clouds[name])
+        return told
 
     def _drawn(self, part: str, num_events: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Random shapes, each with some of its points."""
@@ -155,13 +143,13 @@ class ConditionalShapes(Shapes):
         self.label = label
 
     def denoiser(self) -> Denoiser:
-        return self._net(len(self.table["train"].classes))
+        return self._net(len(self.shapes.classes))
 
     def context(self, num_chains: int, generator: torch.Generator) -> dict[str, Tensor]:
         if self.label is None:
-            labels = torch.from_numpy(self.table["train"].label)
+            labels = torch.from_numpy(self.shapes.table["train"].label)
             return {"label": labels[torch.randint(len(labels), (num_chains,), generator=generator)].int()}
-        known = self.table["train"].classes
+        known = self.shapes.classes
         if self.label not in known:
             raise ValueError(f"label is {self.label!r}; the classes are {', '.join(known)}")
         return {"label": torch.full((num_chains,), known.index(self.label), dtype=torch.int32)}
@@ -170,4 +158,4 @@ class ConditionalShapes(Shapes):
         return context["label"].long()
 
     def _told(self, part: str, chosen: Tensor) -> dict[str, Tensor]:
-        return {"label": torch.from_numpy(self.table[part].label)[chosen].int()}
+        return {"label": torch.from_numpy(self.shapes.table[part].label)[chosen].int()}

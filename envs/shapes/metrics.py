@@ -34,6 +34,7 @@ class Entry:
     low: float
     high: float
     better: str  # "higher", "lower", "0.5"
+    draws: tuple[float, ...] = ()  # each of them
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _measured(**told: np.ndarray) -> None:
 
 def _entry(name: str, better: str, values: Sequence[float]) -> Entry:
     low, high = np.percentile(values, [2.5, 97.5])
-    return Entry(name, float(np.mean(values)), float(low), float(high), better)
+    return Entry(name, float(np.mean(values)), float(low), float(high), better, tuple(map(float, values)))
 
 
 def _nodes(given: np.ndarray, resolution: int, half: float) -> np.ndarray:
