@@ -36,9 +36,10 @@ molecules: install
 	$(BIN)/python -m benchmarks.table2
 
 shapes: install
-	$(BIN)/python -m envs.shapes.generated runs/shapes_demo_meshes
-	$(BIN)/rayft pretrain shapes_demo_pretrain
-	$(BIN)/rayft run shapes_demo
+	$(BIN)/python -m envs.shapes.generated runs/shapes_meshes
+	$(BIN)/rayft pretrain shapes_pretrain domain.data=runs/shapes_meshes pretrain.steps=1000 name=shapes_model
+	$(BIN)/rayft run shapes_helicopter_rgdm name=shapes_demo domain.data=runs/shapes_meshes \
+		domain.weights=runs/shapes_model/weights.safetensors iterations=4 evaluate.every=0
 
 table1: install
 	$(BIN)/python -m benchmarks.table1 $(if $(DATA),--data $(DATA))

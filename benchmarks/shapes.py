@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,15 +47,15 @@ def sampling(quick: bool) -> dict[str, Figure]:
     domain, found = Shapes(POINTS), {}
     net = domain.denoiser().eval()
     process = reverse_process(domain.schedule(), num_steps=10 if quick else None)
-    policy, generator = Policy(net, process, domain.space, net.prediction), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    policy, low = (Policy(net, process, domain.space, net.prediction, kind) for kind in (None, torch.bfloat16))
     for size, name in ((1, "step/ms_2048_b1"), (16, "sample/ms_per_cloud_step_b16")):
         x_T = torch.randn(size, *domain.event_shape)  # noqa: N806
-        each, told = 1e3 / process.num_steps / size, process.schedule.timestep[1:]
-        rounds = [
-            (each * _seconds(sample, policy, x_T, {}, generator), each * _seconds(_bare, net, x_T, told))
-            for _ in range(3 if quick else 13 if size == 1 else 5)
-        ]
-        for column, label in ((0, name), (1, f"{name}/bare")):
+        each, steps = 1e3 / process.num_steps / size, process.schedule.timestep[1:]
+        chain = partial(sample, x_T=x_T, context={}, generator=generator)
+        runs = partial(chain, policy), partial(_bare, net, x_T, steps), partial(chain, low)
+        rounds = [[each * _seconds(run) for run in runs] for _ in range(3 if quick else 13 if size == 1 else 5)]
+        for column, label in enumerate((name, f"{name}/bare", f"{name}/bf16")):
             found[label] = _result.over_rounds([row[column : column + 1] for row in rounds[1:]], _median)
         found["sample/vs_bare" if size == 1 else "sample/vs_bare_b16"] = _result.over_rounds(rounds[1:], _ratio)
     return found

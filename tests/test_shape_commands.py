@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 FEW = ["domain.num_points=32", "pretrain.steps=3", "pretrain.batch_size=8", "pretrain.compile=false"]
 SMALL = ["domain.num_points=32", "iterations=1", "training.chains=64", "training.bank_pairs=64"]
@@ -20,15 +21,17 @@ def run(*command: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_meshes_become_a_model_a_fine_tuned_one_pictures_and_files(tmp_path):
-    run("envs.shapes.generated", "runs/shapes_demo_meshes", "--num", "80", cwd=tmp_path)
-    run("rayft.cli", "pretrain", "shapes_demo_pretrain", *FEW, "--quiet", cwd=tmp_path)
-    run("rayft.cli", "run", "shapes_demo", *SMALL, "--quiet", cwd=tmp_path)
-    page = (tmp_path / "runs/shapes_demo/report.html").read_text()
+    meshes, weights = "domain.data=runs/meshes", "domain.weights=runs/model/weights.safetensors"
+    run("envs.shapes.generated", "runs/meshes", "--num", "80", cwd=tmp_path)
+    run("rayft.cli", "pretrain", "shapes_pretrain", meshes, "name=model", *FEW, "--quiet", cwd=tmp_path)
+    run("rayft.cli", "run", "shapes_helicopter_rgdm", meshes, weights, "name=tuned", *SMALL, "--quiet", cwd=tmp_path)
+    page = (tmp_path / "runs/tuned/report.html").read_text()
     assert "data:image/png" in page
     assert "Shapes in three dimensions" in page
-    run("rayft.cli", "sample", "runs/shapes_demo", "--num", "6", "--score", "--out", "out.ply", cwd=tmp_path)
+    run("rayft.cli", "sample", "runs/tuned", "--num", "6", "--score", "--out", "out.ply", cwd=tmp_path)
     header = (tmp_path / "out.ply").read_bytes().partition(b"end_header")[0].decode()
     assert "element vertex 192" in header
-    run("rayft.cli", "sample", "runs/shapes_demo", "--num", "6", "--out", "out.npz", cwd=tmp_path)
+    run("rayft.cli", "sample", "runs/tuned", "--num", "6", "--out", "out.npz", cwd=tmp_path)
     assert np.load(tmp_path / "out.npz")["x_0"].shape == (6, 8 + 32, 3)

@@ -57,7 +57,7 @@ class PointwiseNet(nn.Module):
         for number, layer in enumerate(self.layers, 1):
             h = layer(h, told)
             if number < len(self.layers):
-                h = leaky_relu(h)
+                h = leaky_relu(h, inplace=not torch.is_grad_enabled())
         return points + h
 
 
