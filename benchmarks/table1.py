@@ -36,7 +36,7 @@ from rayft.chain import Policy, reverse_process, sample
 from rayft.guidance.gradient import Guided
 from rayft.seeds import torch_generator
 
-DATA = os.environ.get("RAYFT_SHAPES", "../shared/data/shapes_psb_shrec/shapes2048.npz")
+DATA = os.environ.get("RAYFT_SHAPES", "shapes2048.npz")
 RUNS, RESULTS = Path("runs/table1"), _result.RESULTS / "table1"
 NUM, NUM_POINTS, BATCH = 200, 512, 40
 GUIDANCE = 0.2  # alpha of TPM
