@@ -78,14 +78,22 @@ class Pairs:
 
     def read(self, shift: Tensor, aim: Aim, context: Context) -> Tensor:
         """Candidates, the pretrained model's x_0 of them (differentiable in ``shift``), or the data themselves."""
-        num, late = shift.shape[1], aim.late(self.t)
+        num, own = shift.shape[1], aim.late(self.t).repeat_interleave(shift.shape[1])
         events = (self.centre.unsqueeze(1) + shift).flatten(0, 1)
-        if aim.reward_at == "x0_hat":
-            events = self.bench.reference.x0_hat(events, (self.t - 1).repeat_interleave(num), context)
-        if not late.any():
+        if own.any():
+            whole = own.reshape(-1, *[1] * (events.ndim - 1))
+            events = torch.where(whole, self.x_0.repeat_interleave(num, 0), events)
+        if aim.reward_at != "x0_hat" or own.all():
             return events
-        own = late.repeat_interleave(num).reshape(-1, *[1] * (events.ndim - 1))
-        return torch.where(own, self.x_0.repeat_interleave(num, 0), events)
+        early = (~own).nonzero().squeeze(1)
+        t, told = (self.t - 1).repeat_interleave(num), {k: v[early] for k, v in context.items()}
+        found = self.bench.reference.x0_hat(events[early], t[early], told)
+        return found if len(early) == len(events) else events.index_copy(0, early, found)
+
+    def take(self, rows: Int[Tensor, " some"]) -> Pairs:
+        """Some of them."""
+        context = {k: v[rows] for k, v in self.context.items()}
+        return Pairs(self.bench, self.x_0[rows], self.t[rows], self.x_t[rows], self.centre[rows], context)
 
 
 def place(

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rayft.chain import expand
+from rayft.chain import PIECE, expand
 from rayft.payoff.ball import radius_at, shell_of, uniform_shell
 from rayft.payoff.pairs import Aim, Pairs, Question
 from rayft.space import Context, squared_norm
@@ -80,15 +80,10 @@ def gradient(pairs: Pairs, aim: Aim, generator: torch.Generator, slope: Slope) -
     """K ascents per pair along grad r, pulled back onto the ball; the best point of each is scored, once."""
     space, limit = pairs.bench.reference.space, _limit(pairs, aim)
     shift = _uniform(pairs, aim, generator)
-    num = shift.shape[1]
-    context = {k: v.repeat_interleave(num, 0) for k, v in pairs.context.items()}
+    context = {k: v.repeat_interleave(shift.shape[1], 0) for k, v in pairs.context.items()}
     best_shift, best = shift, torch.full(shift.shape[:2], -torch.inf, dtype=shift.dtype, device=shift.device)
     for step in range(aim.sampler_steps + 1):
-        with torch.enable_grad():
-            point = shift.detach().requires_grad_(True)
-            value = slope(pairs.read(point, aim, context), context)
-            (uphill,) = torch.autograd.grad(value.sum(), point)
-        value = value.detach().reshape(best.shape)
+        value, uphill = _uphill(pairs, shift, aim, slope)
         better = (value > best) & torch.isfinite(value)
         best = torch.where(better, value, best)
         best_shift = torch.where(_like(better, shift), shift, best_shift)
@@ -98,6 +93,22 @@ def gradient(pairs: Pairs, aim: Aim, generator: torch.Generator, slope: Slope) -
         shift = _pulled(shift + size * expand(limit, pairs.x_0).unsqueeze(1) * towards, limit)
     answer = yield pairs.question(best_shift, aim)
     return Candidates(best_shift, _per_pair(answer, pairs))
+
+
+def _uphill(pairs: Pairs, shift: Tensor, aim: Aim, slope: Slope) -> tuple[Tensor, Tensor]:
+    """r [row, cand] and its gradient, in pieces that stay in the cache; 0 where r is that of the data."""
+    value, uphill = shift.new_zeros(shift.shape[:2]), torch.zeros_like(shift)
+    early = (~aim.late(pairs.t)).nonzero().squeeze(1)
+    size = max(1, PIECE // shift[0].numel()) if shift.device.type == "cpu" else len(shift)
+    for rows in early.split(size):
+        part = pairs.take(rows)
+        context = {k: v.repeat_interleave(shift.shape[1], 0) for k, v in part.context.items()}
+        with torch.enable_grad():
+            point = shift[rows].detach().requires_grad_(True)
+            found = slope(part.read(point, aim, context), context)
+            (uphill[rows],) = torch.autograd.grad(found.sum(), point)
+        value[rows] = found.detach().reshape(len(rows), -1).to(value.dtype)
+    return value, uphill
 
 
 def begin(pairs: Pairs, aim: Aim, generator: torch.Generator, slope: Slope | None = None) -> Search:
