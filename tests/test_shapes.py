@@ -106,6 +106,16 @@ def test_what_the_data_do_not_have_is_refused_with_what_is_near(told, why):
         Shapes(weights=None, **told).data(1, torch.Generator())
 
 
+def test_of_what_is_generated_the_aircraft_are_meant_and_of_files_all_shapes(tmp_path):
+    assert set(Shapes(weights=None).shapes.classes) == {"jet", "propeller", "biplane", "helicopter"}
+    vehicles = Shapes(weights=None, group="vehicle").shapes.table["train"]
+    assert set(vehicles.classes) == {"car", "bus", "truck", "tractor"}
+    kinds, names = np.array(vehicles.classes)[vehicles.label], vehicles.name.astype(str)
+    np.savez(tmp_path / "mine.npz", points=vehicles.points[:40], category=kinds[:40], name=names[:40])
+    own = Shapes(weights=None, data=str(tmp_path / "mine.npz")).shapes
+    assert sum(len(part) for part in own.table.values()) == 40
+
+
 def test_a_label_that_is_none_is_refused():
     with pytest.raises(ValueError, match="the classes are"):
         ConditionalShapes("teapot", weights=None).context(1, torch.Generator())

@@ -104,6 +104,8 @@ def load(path: str | Path) -> Classifier:
             told = file.metadata() or {}
         found = Classifier(told["network"], json.loads(told["classes"]))
         found.load_state_dict(load_file(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # a damaged or foreign file fails in many ways
         raise ValueError(f"{path} is no classifier of shapes, or is damaged; train one again") from None
     return found.eval().requires_grad_(False)

@@ -38,7 +38,8 @@ REWARDS = {
 class Shapes(Domain):
     """Point clouds of one kind of thing. Weights: ``rayft pretrain shapes_pretrain``.
 
-    ``data``: "generated", a folder of meshes, an npz or an h5 file; ``group`` and ``classes`` choose among what it has.
+    ``data``: "generated", a folder of meshes, an npz or an h5 file; ``group`` and ``classes`` choose among what it has,
+    all of it where neither is given, and of what is generated the aircraft.
     """
 
     rewards: Mapping[str, str] = REWARDS
@@ -56,7 +57,7 @@ class Shapes(Domain):
         num_points: int = NUM_POINTS,
         weights: str | None = str(FOLDER / "generated-aircraft.safetensors"),
         data: str = "generated",
-        group: str | None = "aircraft",
+        group: str | None = None,
         classes: list[str] | None = None,
     ) -> None:
         if not isinstance(num_points, int) or not 1 <= num_points <= STORED_POINTS:
@@ -136,7 +137,7 @@ class ConditionalShapes(Shapes):
         num_points: int = NUM_POINTS,
         weights: str | None = str(FOLDER / "generated-aircraft-by-class.safetensors"),
         data: str = "generated",
-        group: str | None = "aircraft",
+        group: str | None = None,
         classes: list[str] | None = None,
     ) -> None:
         super().__init__(num_points, weights, data, group, classes)

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 from envs.shapes.classifier import NETWORKS, Classifier, standard
 from envs.shapes.data import Shapes, normalised, split
 from envs.shapes.formats import read
+from envs.shapes.source import group_of
 
 NUM_FOLDS, NUM_BINS = 5, 10
 SMOOTHING = 0.05  # of the labels: log p stays within reach of the wrong class
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args(arguments)
     try:
-        shapes = read(told.data, 2048, told.group, told.classes)
+        shapes = read(told.data, 2048, group_of(told.data, told.group), told.classes)
         net, found = card(shapes, told.network, Recipe(told.epochs), told.points, told.seed)
     except ValueError as error:
         sys.exit(f"recognise: {error}")

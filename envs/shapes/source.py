@@ -13,6 +13,7 @@ from envs.shapes.formats import read
 from envs.shapes.latent import embedding
 
 STORED_POINTS = 2048  # of each shape, to draw an event's from
+GENERATED = "aircraft"  # the category of generated shapes where none is named: that of the shipped weights
 
 
 class Source:
@@ -41,9 +42,14 @@ class Source:
         return self.table["train"].classes
 
 
+def group_of(source: str, group: str | None) -> str | None:
+    """The group that is meant where none may be named."""
+    return GENERATED if group is None and source == "generated" else group
+
+
 def open_source(source: str, group: str | None, classes: Sequence[str] | None) -> Source:
     """The same one for the same words, until the file or folder changes."""
-    path = Path(source)
+    path, group = Path(source), group_of(source, group)
     changed = path.stat().st_mtime_ns if path.exists() else 0
     return _opened(source, group, None if classes is None else tuple(classes), changed)
 
