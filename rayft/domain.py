@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rayft import imports
 from rayft.chain import Prediction
+from rayft.critic import Critic
 from rayft.schedule import NAMED, Schedule, from_betas
 from rayft.space import Context, FullSpace, Space
 
@@ -69,6 +70,12 @@ class Domain(ABC):
     @abstractmethod
     def denoiser(self) -> Denoiser:
         """The pretrained network; a fresh one where nothing is trained yet."""
+
+    def critic(self) -> nn.Module:
+        """A fresh value network: ``critic(x_t, timestep, context)`` gives a number per chain. See ``rayft.critic``."""
+        told = self.context(1, torch.Generator().manual_seed(0))
+        numbers = sum(entry[0].numel() for entry in told.values())
+        return Critic(self.event_shape, int(self.schedule().timestep[-1]), numbers)
 
     def context(self, num_chains: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What stays fixed along each new chain (mask, size, class). Drawn by the domain, stored with the chain."""
