@@ -154,7 +154,7 @@ class BareUpdate:
 
     def __call__(self, credit: Credit, address: tuple[int, int]) -> None:
         x, t = torch.from_numpy(credit.chains.x), torch.from_numpy(np.array(credit.chains.t))
-        names = ("log_prob", "advantage", "mean_ref", "alive")
+        names = ("log_prob", "advantage", "mean_ref", "alive", "kl_weight")
         told = {name: torch.from_numpy(np.ascontiguousarray(credit.chains.columns[name])) for name in names}
         total = t.numel()
         order = torch.from_numpy(numpy_generator(*address, "shuffle", 0).permutation(total))
@@ -162,9 +162,9 @@ class BareUpdate:
             chosen = order[start : start + MINIBATCH]
             row, chain = chosen // NUM_CHAINS, chosen % NUM_CHAINS
             rows = {name: column[row, chain] for name, column in told.items()}
-            self.step(x[row + 1, chain], x[row, chain], t[row, chain], rows, credit.scalars["kl_weight"])
+            self.step(x[row + 1, chain], x[row, chain], t[row, chain], rows)
 
-    def step(self, x_t: Tensor, x_prev: Tensor, t: Tensor, rows: dict[str, Tensor], kl_weight: float) -> None:
+    def step(self, x_t: Tensor, x_prev: Tensor, t: Tensor, rows: dict[str, Tensor]) -> None:
         told, sigma = self.told, self.told.sigma[t]
         mean = told.keep[t, None] * x_t + told.gain[t, None] * self.net(x_t, t, {})
         constant = DIM * (sigma.log() + 0.5 * math.log(2 * math.pi))
@@ -172,7 +172,7 @@ class BareUpdate:
         ratio, advantage = (log_prob - rows["log_prob"]).exp(), rows["advantage"]
         surrogate = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         kl = (mean - rows["mean_ref"]).square().sum(1) / (2 * sigma**2)
-        loss = (rows["alive"] * (surrogate + kl_weight * kl)).mean()
+        loss = (rows["alive"] * (surrogate + rows["kl_weight"] * kl)).mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)

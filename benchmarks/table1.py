@@ -197,7 +197,7 @@ def classifier(category: str, data: str, network: str) -> Path:
     """Its file, with a card beside it."""
     file = RUNS / f"{category}-{network}.safetensors"
     if not file.is_file():
-        told = ["--network", network, "--data", data, "--group", category, "--seed", str(network == "voxnet")]
+        told = ["--network", network, "--data", data, "--group", category, "--seed", str(int(network == "voxnet"))]
         subprocess.run([sys.executable, "-m", "envs.shapes.recognise", str(file), *told], check=True)
     return file
 

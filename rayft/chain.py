@@ -32,6 +32,11 @@ class Process:
     from_x0: Float[Tensor, " T_plus_1"]
     from_xt: Float[Tensor, " T_plus_1"]
     sigma: Float[Tensor, " T_plus_1"]
+    kind: tuple[str, float] = ("beta", 1.0)  # of sigma, and eta
+
+    def respaced(self, num_steps: int) -> Process:
+        """The same kind of transitions between fewer timesteps."""
+        return reverse_process(self.schedule, *self.kind, num_steps)
 
     @property
     def num_steps(self) -> int:
@@ -87,7 +92,8 @@ def reverse_process(schedule: Schedule, sigma: str = "beta", eta: float = 1.0, n
     noise = beta if sigma == "beta" else variance.clone()
     if noise[0] < 1e-12:
         noise[0] = noise[1] if len(noise) > 1 else beta[0]
-    return Process(schedule, *(torch.cat([x.new_zeros(1), x]) for x in (from_x0, from_xt, noise.sqrt())))
+    tables = (torch.cat([x.new_zeros(1), x]) for x in (from_x0, from_xt, noise.sqrt()))
+    return Process(schedule, *tables, kind=(sigma, eta))
 
 
 def expand(values: Float[Tensor, " batch"], like: Float[Tensor, "batch *event"]) -> Tensor:
@@ -121,10 +127,15 @@ class Policy:
         self, network: Network, process: Process, space: Space, prediction: Prediction = "eps", autocast: Any = None
     ) -> None:
         self.network, self.process, self.space, self.autocast = network, process, space, autocast
+        self.prediction: Prediction = prediction
         tables = [*process.linear_in(prediction), process.sigma]
         self._cpu = torch.stack(tables)
         self._rows: list[list[float]] = self._cpu.T.tolist()
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def respaced(self, num_steps: int) -> Policy:
+        """The same network on fewer timesteps, its noise made anew in the same way."""
+        return Policy(self.network, self.process.respaced(num_steps), self.space, self.prediction, self.autocast)
 
     def _output(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
         """In pieces where nobody asks for a gradient: what a piece of a network computes then stays in the cache."""

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 Rows = Float[np.ndarray, "row batch"]
+NO_SPREAD = 1e-8  # a deviation at which all returns are the same
 
 
 def later(penalty: Rows) -> Rows:
@@ -37,9 +38,29 @@ def advantage(returns: Rows) -> tuple[Rows, float]:
         return np.zeros_like(returns), 0.0
     centred = returns - returns[:, alive].mean(axis=1, keepdims=True)
     scale = float(centred[:, alive].std())
-    if scale < 1e-8:
+    if scale < NO_SPREAD:
         return np.zeros_like(returns), scale
     return np.where(alive, centred / scale, 0.0), scale
+
+
+def group_advantage(returns: Rows, size: int, own_scale: bool) -> tuple[Rows, Float[np.ndarray, " batch"]]:
+    """(A_t, scale of each chain): returns minus their group's mean at each timestep, over a deviation.
+
+    Groups are ``size`` neighbours. With ``own_scale`` each is divided by its own deviation, otherwise all by one. A
+    chain that failed is in no mean; one whose fellows all failed says nothing.
+    """
+    grouped = returns.reshape(len(returns), -1, size)
+    alive = np.isfinite(grouped[0])
+    known = np.where(alive, grouped, 0.0)
+    mean = known.sum(2, keepdims=True) / np.maximum(alive.sum(1), 1)[None, :, None]
+    centred = np.where(alive, known - mean, 0.0)
+    square, count = np.square(centred).sum((0, 2)), alive.sum(1) * len(returns)
+    if not own_scale:
+        square, count = np.full_like(square, square.sum()), np.full_like(count, count.sum())
+    scale = np.sqrt(square / np.maximum(count, 1))
+    advantage = centred / np.maximum(scale, NO_SPREAD)[None, :, None]
+    spread = np.where(scale > NO_SPREAD, 1.0, 0.0)[None, :, None]
+    return (advantage * spread).reshape(returns.shape), np.repeat(scale, size)
 
 
 def alive(rewards: Float[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:

@@ -38,11 +38,41 @@ def draw_current(bench: Bench, num_chains: int, generator: torch.Generator, sett
     return Draw(chains, chains.x_0, chains.context)
 
 
+def draw_grouped(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
+    """The same in groups of neighbours that share their context and, where ``share`` says so, x_T."""
+    size = settings["group_size"]
+    x_T, context = bench.start(num_chains // size, generator)  # noqa: N806
+    context = {k: v.repeat_interleave(size, 0) for k, v in context.items()}
+    x_T = x_T.repeat_interleave(size, 0)  # noqa: N806
+    if settings["share"] == "context":
+        x_T = bench.policy.noise(x_T, context, generator)  # noqa: N806
+    chains = sample(bench.policy, x_T, context, generator, reference=bench.reference)
+    return Draw(chains, chains.x_0, chains.context)
+
+
 def draw_pretrained(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
     """Whole chains of the pretrained model. Its own means are the anchor, so none are evaluated twice."""
     x_T, context = bench.start(num_chains, generator)  # noqa: N806
     chains = sample(bench.reference, x_T, context, generator, reference=bench.reference)
     return Draw(chains, chains.x_0, chains.context)
+
+
+def draw_events(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
+    """Finished events of the policy, by a chain of ``sampling_steps`` where that is told; the way is not kept."""
+    policy, reference = bench.policy, bench.reference
+    if settings["sampling_steps"] is not None:
+        policy, reference = policy.respaced(settings["sampling_steps"]), None
+    x_T, context = bench.start(num_chains, generator)  # noqa: N806
+    chains = sample(policy, x_T, context, generator, reference=reference)
+    kl = {} if reference is None else {"kl": chains.columns["kl"].sum(0, keepdim=True)}
+    return Draw(Chains(chains.x[:2], chains.t[:1], chains.context, kl), chains.x_0, chains.context)
+
+
+def draw_starts(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
+    """x_T and context alone, for what makes its chains where it learns from them."""
+    x_T, context = bench.start(num_chains, generator)  # noqa: N806
+    t = torch.full((1, num_chains), bench.policy.process.num_steps, device=x_T.device)
+    return Draw(Chains(x_T.expand(2, *x_T.shape), t, context), x_T[:0], {k: v[:0] for k, v in context.items()})
 
 
 def draw_roll_in(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:

@@ -64,3 +64,24 @@ def kl_estimate(log_prob: Row, log_prob_old: Row) -> Row:
     """A non-negative unbiased estimate of KL(p_old || p_theta) from draws of p_old: rho - 1 - log rho."""
     log_ratio = (log_prob - log_prob_old).clamp(-20, 20)
     return log_ratio.exp() - 1 - log_ratio
+
+
+def path_consistency_loss(value: Row, value_end: Row, log_ratio: Row, alpha: float) -> Row:
+    """A soft Bellman residual over one or more transitions, squared (T Eq. 33 to 36).
+
+        L = [ (v_t - v_s) / alpha + sum_{u = s + 1 .. t} log p_theta / p_pre (x_{u-1} | x_u) ]^2 / 2,    v_0 = r
+
+    It is 0 at p* and its v for every path, whoever drew it; with s = 0, t = T it is trajectory balance.
+    """
+    return 0.5 * ((value - value_end) / alpha + log_ratio).square()
+
+
+def forward_loss(y_old: Events, y_ref: Events, pull: Events, kl_weight: float, sigma: Row) -> Row:
+    """From the policy's old mean towards data that did better than the average, by one denoising loss.
+
+        L = (|y_old - w g|^2 - |w g|^2 + k |y_ref|^2) / (2 sigma^2),    y = mu - mu_old or mu - mu_pre
+
+    ``pull`` is w g: a weight of mean 1 times what the datum's posterior mean is away from mu_old.
+    """
+    square = squared_norm(y_old) - 2 * (pull * y_old).flatten(1).sum(1)
+    return (square + kl_weight * squared_norm(y_ref)) / (2 * sigma**2)

@@ -112,7 +112,7 @@ class DiffusionRL(Algorithm):
             self.draw_pretrained()
         credit, told = self.experience()
         with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            self.learn(credit)
+            told |= self.learn(credit)
         if self.rolls_out:
             with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                 self.sync()
@@ -173,8 +173,11 @@ class DiffusionRL(Algorithm):
         self.counts["cache_hits"] += scores.num_hits
         self.counts["failed"] += scores.num_failed
 
-    def learn(self, credit: Credit) -> None:
-        """One update over the whole batch; every learner reads the same rows and takes its share of each minibatch."""
+    def learn(self, credit: Credit) -> dict[str, float]:
+        """One update over the whole batch; every learner reads the same rows and takes its share of each minibatch.
+
+        Returns what only learning could tell.
+        """
         told = {
             "scalars": {**credit.scalars, "lr": self.lr()},
             "num_epochs": self.settings.num_epochs,
@@ -189,6 +192,7 @@ class DiffusionRL(Algorithm):
             refs = [ray.put(credit.chains)] * self.config.num_learners
             results = self.learner_group.update(batch_refs=refs, **told)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        return {}
 
     def lr(self) -> float:
         """This iteration's step size: ``training.lr``, or less where it falls and the last iteration is known."""

@@ -21,7 +21,7 @@ from ray.util.debug import log_once
 from rayft import domain as domains
 from rayft import imports, reward
 from rayft.aggregate import Recipe
-from rayft.chain import reverse_process
+from rayft.chain import Process, reverse_process
 from rayft.compose import recipe
 from rayft.rewards.service import gpus_wanted
 from rayft.rewards.settings import ScoringSettings
@@ -107,6 +107,7 @@ class DiffusionConfig(AlgorithmConfig):
     """Base of PPOConfig, RWMLEConfig, RGDMConfig."""
 
     settings_class: ClassVar[type[Settings]] = Settings
+    wants_critic: ClassVar[bool] = False
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class)
@@ -238,6 +239,23 @@ class DiffusionConfig(AlgorithmConfig):
             raise ValueError(f"no reward is given; this domain has {', '.join(domain.rewards) or 'none of its own'}")
         return recipe(self.reward_path, self.reward_arguments, self.watched, domain.rewards)
 
+    def process(self) -> Process:
+        """The chain's transitions."""
+        chain = self.section("chain")
+        return reverse_process(self.build_domain().schedule(), chain.sigma, chain.eta, chain.num_steps)
+
+    def differentiable(self, what: str, instead: str) -> None:
+        """Refuses a reward that is no torch function of x_0, for ``what``, and says what to take ``instead``."""
+        world = self.build_domain()
+        parts = self.recipe(world).parts
+        found = reward.target(parts[0].path, world.rewards)
+        if len(parts) > 1 or not (isinstance(found, type) and issubclass(found, reward.DifferentiableReward)):
+            named = self.reward_path if len(parts) == 1 else "a composition"
+            raise ValueError(
+                f"{what} needs one differentiable reward and {named} is none: subclass DifferentiableReward, or "
+                f"{instead}"
+            )
+
     def own_actors(self) -> list[tuple[str, int, float, float]]:
         """(what they are, how many, CPUs, GPUs of each) of the actors beside RLlib's."""
         scoring, world = self.section("scoring"), self.build_domain()
@@ -253,14 +271,14 @@ class DiffusionConfig(AlgorithmConfig):
         return self.settings().chains * num_steps
 
     def validate(self) -> None:
-        settings, chain = self.settings(), self.section("chain")
+        settings = self.settings()
         for name in defaults(self.settings_class):
             setattr(self, name, getattr(settings, name))
         for section in SECTIONS:
             self.section(section)
         domain = self.build_domain()
         self._check_rewards(domain)
-        process = reverse_process(domain.schedule(), chain.sigma, chain.eta, chain.num_steps)
+        process = self.process()
         rows, learners = self.num_rows(process.num_steps), max(1, self.num_learners)
         if settings.minibatch_size > rows:
             raise ValueError(
@@ -313,6 +331,7 @@ class DiffusionConfig(AlgorithmConfig):
             "num_steps": chain.num_steps,
             "sigma": chain.sigma,
             "eta": chain.eta,
+            "critic": self.wants_critic,
         }
         return RLModuleSpec(module_class=DenoiserModule, model_config=told)
 

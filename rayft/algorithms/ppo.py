@@ -43,7 +43,7 @@ class PPOLearner(DiffusionLearner):
         ratio = (out["log_prob"] - rows["log_prob"]).exp()
         if self.fresh:
             self.say("guard_ratio", (ratio - 1).abs().max())
-        loss = rows["alive"] * (surrogate + self.scalars["kl_weight"] * kl)
+        loss = rows["alive"] * (surrogate + rows["kl_weight"] * kl)
         clipped = ((ratio - 1).abs() > self.config.clip).float()
         return loss, {"clipped": clipped, "ratio": ratio, "policy_loss": surrogate}
 
@@ -52,20 +52,25 @@ class PPO(ChainRL):
     """T Alg. 1 on RLlib."""
 
     @classmethod
-    def get_default_config(cls) -> PPOConfig:
+    def get_default_config(cls) -> DiffusionConfig:
         return PPOConfig()
 
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
         columns = draw.chains.columns
-        alpha = self.settings.alpha
+        alpha, dtype = self.settings.alpha, columns["log_prob"].dtype
         returns = credit.reward_to_go(rewards, columns["kl"].astype(np.float64), alpha)
+        advantage, scale = self.advantage(returns)
+        kl_weight = np.where(scale > credit.NO_SPREAD, alpha / np.maximum(scale, credit.NO_SPREAD), float(alpha > 0))
+        told = {"advantage": advantage, "alive": credit.alive(rewards), "kl_weight": kl_weight}
+        rows = {name: np.broadcast_to(value, advantage.shape).astype(dtype) for name, value in told.items()}
+        chains = draw.chains.keep("log_prob", "mean_ref").with_columns(**rows)
+        spread = {"advantage_scale": float(scale.mean()), "advantage_max": float(np.abs(advantage).max())}
+        return Credit(chains, {}, spread)
+
+    def advantage(self, returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A_t, and by what each chain's was divided: the KL beside it must be too."""
         advantage, scale = credit.advantage(returns)
-        dtype = columns["log_prob"].dtype
-        alive = np.broadcast_to(credit.alive(rewards), advantage.shape)
-        kept = draw.chains.keep("log_prob", "mean_ref")
-        chains = kept.with_columns(advantage=advantage.astype(dtype), alive=alive.astype(dtype))
-        spread = {"advantage_scale": scale, "advantage_max": float(np.abs(advantage).max())}
-        return Credit(chains, {"kl_weight": alpha / scale if scale > 1e-8 else float(alpha > 0)}, spread)
+        return advantage, np.full(returns.shape[1], scale)
 
 
 class PPOConfig(DiffusionConfig):

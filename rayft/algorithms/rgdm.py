@@ -350,21 +350,10 @@ class RGDMConfig(DiffusionConfig):
         if told.refresh and told.reward_at != "x_0" and told.x_0_above is None:
             raise ValueError("training.refresh is for rewards read at x_0: set reward_at to x_0, or x_0_above")
         if told.sampler == "gradient":
-            self._check_differentiable()
+            self.differentiable("sampler gradient", "take sampler importance or annealing")
+            if told.reward_at == "x_0":
+                raise ValueError("sampler gradient searches for candidates, which reward_at: x_0 does not look at")
         super().validate()
-
-    def _check_differentiable(self) -> None:
-        world = self.build_domain()
-        parts = self.recipe(world).parts
-        found = reward.target(parts[0].path, world.rewards)
-        if len(parts) > 1 or not (isinstance(found, type) and issubclass(found, reward.DifferentiableReward)):
-            named = self.reward_path if len(parts) == 1 else "a composition"
-            raise ValueError(
-                f"sampler gradient needs one differentiable reward and {named} is none: subclass DifferentiableReward, "
-                "or take sampler importance or annealing"
-            )
-        if self.settings().reward_at == "x_0":
-            raise ValueError("sampler gradient searches for candidates, which reward_at: x_0 does not look at")
 
     def get_default_learner_class(self) -> type[RGDMLearner]:
         return RGDMLearner

@@ -74,6 +74,10 @@ class DiffusionLearner(TorchLearner):
             module_id=module_id, optimizer=optimizer, params=params, lr_or_lr_schedule=self.config.lr
         )
 
+    def step_sizes(self, lr: float) -> dict[Any, float]:
+        """This iteration's step size for every optimizer."""
+        return dict.fromkeys(self._optimizer_parameters, lr)
+
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Tensor:
         """RLlib's own entry to the loss."""
         return self.row_loss(batch, fwd_out)[0].mean()
@@ -86,8 +90,8 @@ class DiffusionLearner(TorchLearner):
 
     def _create_iterator_if_necessary(self, *, training_data: Any, **kwargs: Any) -> Iterator[MultiAgentBatch]:
         self.scalars = kwargs["scalars"]
-        for optimizer in self._optimizer_parameters:
-            self._set_optimizer_lr(optimizer, self.scalars["lr"])
+        for optimizer, lr in self.step_sizes(self.scalars["lr"]).items():
+            self._set_optimizer_lr(optimizer, lr)
         self.say("step_size", self.scalars["lr"])
         return self._minibatches(training_data.batch, kwargs["num_epochs"], kwargs["minibatch_size"], kwargs["address"])
 
@@ -160,8 +164,9 @@ class DiffusionLearner(TorchLearner):
 
     def _step(self, loss: Tensor) -> None:
         """Clip, step, average; a gradient that is not finite is counted and thrown away on every learner alike."""
-        params = list(self._params.values())
-        norm = torch.nn.utils.clip_grad_norm_(params, self.config.grad_clip or float("inf"))
+        limit = self.config.grad_clip or float("inf")
+        parts = [[self._params[ref] for ref in refs] for refs in self._optimizer_parameters.values()]
+        norm = torch.stack([torch.nn.utils.clip_grad_norm_(part, limit) for part in parts]).norm()
         finite = bool(torch.isfinite(norm))
         self.say("grad_norm", norm)
         self.metrics.log_value((DEFAULT_MODULE_ID, "guard_non_finite"), float(not finite), reduce="sum")
@@ -198,12 +203,13 @@ class _Probe:
         chosen = draw.permutation(total)[: max(PROBE_ROWS // learners, 1) * learners]
         mine = np.array_split(chosen, learners)[index]
         self.rows = dict(learner._batch(chains, mine).policy_batches[DEFAULT_MODULE_ID])
-        self.before = [p.detach().clone() for p in learner._params.values()]
+        self.params = learner.get_parameters(learner._module[DEFAULT_MODULE_ID].unwrapped().denoiser)
+        self.before = [p.detach().clone() for p in self.params]
         self.mean = self._forward()["mean"]
 
     def _forward(self) -> dict[str, Tensor]:
         with torch.no_grad():
-            return self.learner._module[DEFAULT_MODULE_ID].unwrapped()._forward_train(self.rows)
+            return self.learner._module[DEFAULT_MODULE_ID].unwrapped().transitions(self.rows)
 
     def kl(self) -> float:
         """T times the mean over rows of |mu_new - mu_old|^2 / (2 sigma^2), the same number on every learner."""
@@ -227,6 +233,6 @@ class _Probe:
             step = (self.target / kl) ** 0.5 if np.isfinite(kl) else 0.0
             factor *= step
             with torch.no_grad():
-                for parameter, old in zip(self.learner._params.values(), self.before, strict=True):
+                for parameter, old in zip(self.params, self.before, strict=True):
                     parameter.copy_(old + step * (parameter - old) if step > 0 else old)
         return factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
         if told["weights"] is not None:
             domains.load_weights(denoiser, told["weights"])
         self.ema = copy.deepcopy(denoiser).requires_grad_(False).eval() if told["ema"] > 0 else None
+        self.critic = self.domain.critic().to(self.dtype) if told.get("critic") else None
+        self.through: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # a learner's own use of a minibatch
         process = self.process = reverse_process(self.domain.schedule(), told["sigma"], told["eta"], told["num_steps"])
         autocast = torch.bfloat16 if told["precision"] == "bfloat16" else None
         self.policies = {
@@ -51,8 +53,8 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
         }
 
     def get_non_inference_attributes(self) -> list[str]:
-        """Not sent to runners: the reference never changes, so every process builds its own from the domain."""
-        return ["reference"]
+        """Not sent to runners: the reference never changes, so every process builds its own; values guide learning."""
+        return ["reference"] if self.critic is None else ["reference", "critic"]
 
     def train(self, mode: bool = True) -> DenoiserModule:
         super().train(mode)
@@ -72,10 +74,11 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
         return {"mean": policy.mean(batch["x_t"], batch["t"], context), "sigma": policy.sigma(batch["t"])}
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """mu_theta, and the log-prob of x_prev under it where one from before is to be compared with it.
+        """Everything differentiable happens here (DDP): single transitions, or what a learner put in their place."""
+        return (self.through or self.transitions)(batch)
 
-        Everything differentiable happens here (DDP).
-        """
+    def transitions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """mu_theta, and the log-prob of x_prev under it where one from before is to be compared with it."""
         policy = self.policies["current"]
         context = {k.removeprefix("context/"): v for k, v in batch.items() if k.startswith("context/")}
         mean = policy.mean(batch["x_t"], batch["t"], context)

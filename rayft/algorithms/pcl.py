@@ -1,0 +1,210 @@
+"""Path consistency (T Alg. 5, Eq. 33-36): policy and value meet where every piece of every path balances.
+
+    residual = (v(x_t, t) - v(x_s, s)) / alpha + sum_{s < u <= t} log p_theta / p_pre (x_{u-1} | x_u),    v(x_0, 0) = r
+
+Pieces of ``steps`` transitions; with all T it is trajectory balance, v(x_T, T) / alpha being its learned log Z of each
+start. It holds for any path, so chains may be learned from again long after the policy that drew them (``replay``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
+from torch import Tensor
+
+from rayft import credit, losses
+from rayft.algorithms.base import Credit
+from rayft.algorithms.chains import ChainRL
+from rayft.algorithms.config import DiffusionConfig, Settings
+from rayft.chain import Chains
+from rayft.draws import Draw
+from rayft.rl.learner import DiffusionLearner
+from rayft.seeds import numpy_generator
+from rayft.settings import Count, CountOrZero, Positive
+from rayft.space import squared_norm
+
+
+@dataclass(frozen=True)
+class PCLSettings(Settings):
+    """Path consistency's numbers."""
+
+    alpha: Positive = 0.1
+    """Temperature of J = E[r] - alpha KL(p || p_pre)."""
+    steps: Count | None = None
+    """Transitions in a piece, a divisor of T: 1, k, or all T where none are given (trajectory balance)."""
+    chains: Count = 256
+    """Chains drawn in one iteration."""
+    minibatch_size: Count = 256
+    """Pieces per optimizer step; a piece of K transitions costs K calls of the network."""
+    value_lr: Positive = 1e-3
+    """AdamW's step size for the value network; it falls as ``lr`` does."""
+    replay: CountOrZero = 0
+    """Older chains that are learned from beside those of an iteration."""
+    replay_size: Count = 4096
+    """Chains that are kept for that, the newest ones."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whole chains with all that path consistency reads of them. numpy."""
+
+    x: np.ndarray  # [T + 1, chain, *event]
+    log_ref: np.ndarray  # [T, chain]: -|x_prev - mu_pre|^2 / (2 sigma_t^2)
+    rewards: np.ndarray
+    context: dict[str, np.ndarray]
+
+    def take(self, index: np.ndarray) -> Kept:
+        context = {k: v[index] for k, v in self.context.items()}
+        return Kept(self.x[:, index], self.log_ref[:, index], self.rewards[index], context)
+
+    @staticmethod
+    def join(parts: list[Kept]) -> Kept:
+        context = {k: np.concatenate([p.context[k] for p in parts]) for k in parts[0].context}
+        x, log_ref = (np.concatenate([getattr(p, name) for p in parts], 1) for name in ("x", "log_ref"))
+        return Kept(x, log_ref, np.concatenate([p.rewards for p in parts]), context)
+
+
+class PCLLearner(DiffusionLearner):
+    """Rows are pieces of paths. Policy and value net have an optimizer each."""
+
+    def build(self) -> None:
+        super().build()
+        self._module[DEFAULT_MODULE_ID].unwrapped().through = self.pieces
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        module = self._module[module_id].unwrapped()
+        for name, net, lr in (
+            ("policy", module.denoiser, self.config.lr),
+            ("value", module.critic, self.config.value_lr),
+        ):
+            params = [p for p in net.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(params, weight_decay=self.config.weight_decay)
+            told = {"optimizer_name": name, "optimizer": optimizer, "params": params, "lr_or_lr_schedule": lr}
+            self.register_optimizer(module_id=module_id, **told)
+
+    def step_sizes(self, lr: float) -> dict[Any, float]:
+        value = dict(self.get_optimizers_for_module(DEFAULT_MODULE_ID))["value"]
+        return {**super().step_sizes(lr), value: self.config.value_lr * lr / self.config.lr}
+
+    def pieces(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values at both ends, and the log-ratio of each piece, from one call of the policy for all its transitions."""
+        module, path = self._module[DEFAULT_MODULE_ID].unwrapped(), rows["path"]
+        policy, (num, length) = module.policies["current"], (path.shape[0], path.shape[1] - 1)
+        context = {k.removeprefix("context/"): v for k, v in rows.items() if k.startswith("context/")}
+        every = {k: v.repeat_interleave(length, 0) for k, v in context.items()}
+        t = (rows["t"][:, None] - torch.arange(length, device=path.device)).flatten()
+        x_t, x_prev = path[:, :-1].flatten(0, 1), path[:, 1:].flatten(0, 1)
+        mean, sigma = policy.mean(x_t, t, every), policy.sigma(t).to(path.dtype)
+        own = -squared_norm(policy.space.project(x_prev - mean, every)) / (2 * sigma**2)
+        end, times = rows["t"] - length, module.process.schedule.timestep.to(path.device)
+        value = module.critic(path[:, 0], times[rows["t"]], context)
+        later = torch.where(end == 0, rows["reward"], module.critic(path[:, -1], times[end], context))
+        return {"value": value, "value_end": later, "log_ratio": own.view(num, length).sum(1) - rows["log_ref"]}
+
+    def row_loss(self, rows: dict[str, Tensor], out: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        told = out["value"], out["value_end"], out["log_ratio"]
+        loss = rows["alive"] * losses.path_consistency_loss(*told, self.config.alpha)
+        return loss, {"residual": loss, "value": out["value"]}
+
+
+class PCL(ChainRL):
+    """T Alg. 5 on RLlib."""
+
+    @classmethod
+    def get_default_config(cls) -> PCLConfig:
+        return PCLConfig()
+
+    def setup(self, config: Any) -> None:
+        super().setup(config)
+        self.kept: list[Kept] = []  # the newest chains, where they are to be replayed
+
+    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
+        chains, sigma = draw.chains, self.env_runner.module.process.sigma.numpy()[1:]
+        gap = chains.x[:-1] - chains.columns["mean_ref"]
+        square = np.square(gap).reshape(*gap.shape[:2], -1).sum(-1)
+        log_ref = (-square / (2 * sigma[:, None] ** 2)).astype(square.dtype)
+        fresh = Kept(chains.x, log_ref, rewards, dict(chains.context))
+        return Credit(self.rows(Kept.join([fresh, *self.replayed()])), {}, self.keep(fresh))
+
+    def rows(self, found: Kept) -> Chains:
+        """Chains in pieces that follow each other."""
+        num_steps, num = found.log_ref.shape
+        length = self.settings.steps or num_steps
+        starts = np.arange(length, num_steps + 1, length)  # t of each piece's first event
+        path = np.stack(
+            [found.x[start - length : start + 1][::-1] for start in starts], 1
+        )  # [length + 1, piece, chain]
+        log_ref = np.stack([found.log_ref[start - length : start].sum(0) for start in starts])
+        path = np.moveaxis(path, 0, 2).reshape(1, -1, length + 1, *found.x.shape[2:])
+        told = {"reward": np.nan_to_num(found.rewards), "alive": credit.alive(found.rewards)}
+        columns = {k: np.tile(v, len(starts)).astype(found.x.dtype)[None] for k, v in told.items()}
+        columns |= {"path": path, "log_ref": log_ref.reshape(1, -1).astype(found.x.dtype)}
+        context = {k: np.concatenate([v] * len(starts)) for k, v in found.context.items()}
+        ends = np.stack([path[0, :, 1], path[0, :, 0]])
+        return Chains(ends, np.repeat(starts, num)[None], context, columns)
+
+    def replayed(self) -> list[Kept]:
+        """Older chains, drawn evenly from those that are kept."""
+        if not (self.settings.replay and self.kept):
+            return []
+        every = Kept.join(self.kept)
+        generator = numpy_generator(self.config.seed or 0, self.iteration, "replay")
+        return [every.take(generator.integers(0, len(every.rewards), self.settings.replay))]
+
+    def keep(self, fresh: Kept) -> dict[str, float]:
+        """Puts this iteration's chains with the others, and lets the oldest go."""
+        if not self.settings.replay:
+            return {}
+        self.kept.append(fresh)
+        while len(self.kept) > 1 and sum(len(k.rewards) for k in self.kept[1:]) >= self.settings.replay_size:
+            self.kept.pop(0)
+        return {"replay_chains": float(sum(len(k.rewards) for k in self.kept))}
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().get_state(*args, **kwargs), "kept": [vars(one) for one in self.kept]}
+
+    def set_state(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().set_state(dict(state), *args, **kwargs)
+        if "kept" in state:
+            self.kept = [Kept(**one) for one in state["kept"]]
+
+
+class PCLConfig(DiffusionConfig):
+    """``PCLConfig().domain(...).reward(...).training(alpha=..., steps=...)``."""
+
+    settings_class = PCLSettings
+    wants_critic = True
+
+    def __init__(self, algo_class: Any = None) -> None:
+        super().__init__(algo_class=algo_class or PCL)
+
+    def num_rows(self, num_steps: int) -> int:
+        told = self.settings()
+        return told.chains * (num_steps // (told.steps or num_steps))
+
+    def validate(self) -> None:
+        steps, num_steps = self.settings().steps, self.process().num_steps
+        if steps is not None and num_steps % steps:
+            allowed = ", ".join(str(n) for n in range(1, num_steps + 1) if num_steps % n == 0)
+            raise ValueError(f"training.steps is {steps}; pieces of a chain of {num_steps} may have {allowed}")
+        self._check_critic()
+        super().validate()
+
+    def _check_critic(self) -> None:
+        world = self.build_domain()
+        context = world.context(2, torch.Generator().manual_seed(0))
+        x_t = torch.zeros(2, *world.event_shape)
+        found = world.critic()(x_t, world.schedule().timestep[[1, -1]], context)
+        if found.shape != (2,):
+            raise ValueError(
+                f"the value network of {type(world).__name__} gives {tuple(found.shape)} for 2 chains; critic() should "
+                "give one number each, (2,)"
+            )
+
+    def get_default_learner_class(self) -> type[PCLLearner]:
+        return PCLLearner
