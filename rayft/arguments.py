@@ -88,6 +88,16 @@ def _score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true")
 
 
+def _recommend(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", help="YAML, Python file with a `spec`, or shipped config; its algorithm is not looked at")
+    sub.add_argument("overrides", **OVERRIDES, help="for example training.alpha=0.2")
+    sub.add_argument("--no-training", action="store_true", help="guidance only: the model's weights stay as they are")
+    sub.add_argument("--num", type=_count, default=128, help="pretrained samples to draw and score (128)")
+    sub.add_argument("--memory-gb", type=_positive, help="memory for training, instead of what is free here")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--json", action="store_true")
+
+
 def _import(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("format", metavar="FORMAT", help="whose checkpoint it is, such as edm")
     sub.add_argument("source", metavar="DIR", help="the checkpoint, as it was published")
@@ -121,7 +131,7 @@ def _doctor(sub: argparse.ArgumentParser) -> None:
     """Nothing."""
 
 
-TAKES = (_run, _tune, _evaluate, _sample, _score, _import, _export, _report, _pretrain, _configs, _doctor)
+TAKES = (_run, _tune, _evaluate, _sample, _score, _recommend, _import, _export, _report, _pretrain, _configs, _doctor)
 OPTIONS = {takes.__name__.removeprefix("_"): takes for takes in TAKES}
 
 

@@ -226,6 +226,26 @@ def _asked(told: argparse.Namespace) -> tuple[Any, int | str, bool]:
     return spec, int(what) if samples else told.num, file is not None
 
 
+def recommend(told: argparse.Namespace) -> int:
+    """Say which algorithm suits FILE's model, reward and machine, and why."""
+    from rayft import display
+    from rayft import recommend as advice
+    from rayft import spec as specs
+
+    spec = specs.read(told.file, told.overrides, algorithm="ppo")
+    memory = None if told.memory_gb is None else told.memory_gb * 1e9
+    found = advice.measure(spec, told.num, told.seed, memory)
+    chosen = advice.choose(found, not told.no_training)
+    line = advice.command(chosen, told.file, None if told.no_training else spec)
+    if told.json:
+        print(json.dumps(advice.told(found, chosen, line)))
+        return 0
+    display.show(advice.table(found))
+    for sentence in advice.sentences(chosen, line):
+        print(sentence)
+    return 0
+
+
 def import_(told: argparse.Namespace) -> int:
     """Make another project's checkpoint one .safetensors that a domain takes."""
     form, source = _format(told.format), Path(told.source)
@@ -337,7 +357,7 @@ def _writable(path: Path) -> Path:
     return path
 
 
-COMMANDS = (run, tune, evaluate, sample, score, import_, export, report, pretrain, configs, doctor)
+COMMANDS = (run, tune, evaluate, sample, score, recommend, import_, export, report, pretrain, configs, doctor)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,23 +44,24 @@ def advantage(returns: Rows) -> tuple[Rows, float]:
 
 
 def group_advantage(returns: Rows, size: int, own_scale: bool) -> tuple[Rows, Float[np.ndarray, " batch"]]:
-    """(A_t, scale of each chain): returns minus their group's mean at each timestep, over a deviation.
+    """(A_t, scale of each chain): returns minus the mean of the group's others at each timestep, over a deviation.
 
-    Groups are ``size`` neighbours. With ``own_scale`` each is divided by its own deviation, otherwise all by one. A
-    chain that failed is in no mean; one whose fellows all failed says nothing.
+    Groups are ``size`` neighbours. A chain is not in its own baseline: with n in a group that would shrink the reward's
+    gradient by 1/n and leave the KL's as it is, a larger alpha than was asked for. With ``own_scale`` each group is
+    divided by its own deviation, otherwise all by one. A chain that failed, or has no fellow left, says nothing.
     """
     grouped = returns.reshape(len(returns), -1, size)
     alive = np.isfinite(grouped[0])
-    known = np.where(alive, grouped, 0.0)
-    mean = known.sum(2, keepdims=True) / np.maximum(alive.sum(1), 1)[None, :, None]
-    centred = np.where(alive, known - mean, 0.0)
+    known, num = np.where(alive, grouped, 0.0), alive.sum(1)[None, :, None]
+    others = (known.sum(2, keepdims=True) - known) / np.maximum(num - 1, 1)
+    centred = np.where(alive & (num > 1), known - others, 0.0)
     square, count = np.square(centred).sum((0, 2)), alive.sum(1) * len(returns)
     if not own_scale:
         square, count = np.full_like(square, square.sum()), np.full_like(count, count.sum())
     scale = np.sqrt(square / np.maximum(count, 1))
-    advantage = centred / np.maximum(scale, NO_SPREAD)[None, :, None]
-    spread = np.where(scale > NO_SPREAD, 1.0, 0.0)[None, :, None]
-    return (advantage * spread).reshape(returns.shape), np.repeat(scale, size)
+    spread = scale > NO_SPREAD
+    advantage = centred * (spread / np.where(spread, scale, 1.0))[None, :, None]
+    return advantage.reshape(returns.shape), np.repeat(scale, size)
 
 
 def alive(rewards: Float[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:

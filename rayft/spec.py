@@ -179,9 +179,10 @@ def known_algorithms() -> list[str]:
     return sorted(name for name in names if name not in ("base", "chains", "config"))
 
 
-def read(file: str | None, overrides: Sequence[str] = ()) -> RunSpec:
-    """The spec in a file or a shipped config, with overrides on top."""
+def read(file: str | None, overrides: Sequence[str] = (), algorithm: str | None = None) -> RunSpec:
+    """The spec in a file or a shipped config, with overrides on top; ``algorithm`` where it names none."""
     tree, name = ({}, "run") if file is None else load_tree(file)
+    tree |= {} if algorithm is None or "algorithm" in tree else {"algorithm": algorithm}
     tree.setdefault("name", name)
     return parse(override(tree, overrides))
 

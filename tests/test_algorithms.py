@@ -23,11 +23,14 @@ TOLD = {
 WORLDS = {"toy": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
 TOLD |= {"shapes": {"num_points": 16}, "shapes_conditional": {"num_points": 16, "weights": None}}
 WORLDS |= {"shapes": "symmetry", "shapes_conditional": "symmetry"}
+STUDY = {"surrogate": 2, "surrogate_chains": 64, "surrogate_steps": 5, "steps": 2}  # for rewards that have no gradient
 
 
 def small(name, world="toy", reward=None, **training):
     config = algorithm(name)().domain(world, **TOLD.get(world, {})).reward(reward or WORLDS[world])
     told = {"chains": 64, "minibatch_size": 64, **training}
+    if name == "backprop" and (reward or WORLDS[world]) != "quadratic":
+        told |= STUDY
     return config.training(**told).chain(num_steps=10).evaluate(every=0, chains=64, pretrained_chains=256)
 
 
@@ -40,8 +43,15 @@ def test_every_setting_has_a_sentence_and_a_default(name):
         assert len(said.get(field.name, "")) > 15, f"{name}.{field.name} has no sentence"
 
 
-@pytest.mark.parametrize("world", sorted(set(domains.builtin()) - {"plain"}))
-@pytest.mark.parametrize("name", known_algorithms())
+def pairs():
+    """Every algorithm in every domain; the fast tests leave out what two of each kind show already."""
+    for name in known_algorithms():
+        for world in sorted(set(domains.builtin()) - {"plain"}):
+            few = name not in ("ppo", "rgdm") and world not in ("toy", "toy_masked", "molecules", "shapes")
+            yield pytest.param(name, world, marks=pytest.mark.slow if few else ())
+
+
+@pytest.mark.parametrize(("name", "world"), pairs())
 def test_every_algorithm_trains_on_every_domain_and_restores(ray_session, tmp_path, name, world):
     config = small(name, world)
     algo = config.build_algo()
@@ -94,8 +104,18 @@ def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
         ("rwmle", 40, {"alpha": 0.5, "chains": 4096, "minibatch_size": 512, "roll_in": "current"}, 0.6),
         ("rwmle", 15, {"alpha": 0.5, "chains": 1024, "rows": 16384, "minibatch_size": 512, "roll_in": "noised"}, 0.8),
         ("rgdm", 15, {"temperature": 0.3, "radius": 1.5}, 0.85),
+        ("grpo", 15, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.85),
+        ("backprop", 40, {"alpha": 0.5, "lr": 2e-3, "chains": 256, "minibatch_size": 256}, 0.9),
+        ("backprop", 15, {"alpha": 0.5, "lr": 2e-3, "chains": 512, "surrogate": 2, "surrogate_steps": 60}, 0.75),
+        ("pcl", 80, {"alpha": 0.5, "chains": 128, "minibatch_size": 128}, 0.9),
+        ("pcl", 30, {"alpha": 0.5, "chains": 128, "steps": 5, "minibatch_size": 512, "replay": 128}, 0.6),
+        ("forward", 20, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.7),
+        ("forward", 20, {"alpha": 0.5, "chains": 1024, "minibatch_size": 4096, "sampling_steps": 25}, 0.6),
     ],
-    ids=["ppo", "rwmle", "rwmle-current", "rwmle-noised", "rgdm"],
+    ids=[
+        *("ppo", "rwmle", "rwmle-current", "rwmle-noised", "rgdm", "grpo", "backprop", "backprop-surrogate"),
+        *("pcl", "pcl-replay", "forward", "forward-short"),
+    ],
 )
 def test_every_algorithm_comes_near_the_known_optimum(ray_session, name, iterations, told, least):
     config = algorithm(name)().domain("toy").reward("quadratic").training(**told)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from gaussian_line import ALPHA, PROCESSES, THETA, THETA_PRE, Line, exact_gradient, exact_objective, reward
 
 from rayft import credit, losses
-from rayft.chain import Chains, Policy, Process, reverse_process, sample
-from rayft.schedule import linear
+from rayft.chain import Chains, Policy, sample
 from rayft.space import FullSpace
 
 KL = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])  # rows t = 1, 2, 3; two chains
@@ -123,40 +122,36 @@ def test_effective_share_counts_equal_weights():
     assert credit.effective_share(np.array([1.0, 3.0])) == pytest.approx(16 / 20)
 
 
+def test_group_advantages_by_hand_are_against_the_others_of_the_group():
+    returns = np.array([[1.0, 3.0, 10.0, 20.0, 60.0, NAN]])  # groups of three: others' means 6.5, 5.5, 2 and 60, 20, -
+    found, scale = credit.group_advantage(returns, 3, own_scale=False)
+    centred = np.array([1 - 6.5, 3 - 5.5, 10 - 2, 20 - 60, 60 - 20, 0.0])
+    assert scale == pytest.approx(np.full(6, np.sqrt(np.square(centred).sum() / 5)))
+    assert found[0] * scale == pytest.approx(centred)
+    own, scales = credit.group_advantage(returns, 3, own_scale=True)
+    assert scales[3:] == pytest.approx(np.full(3, 40.0))
+    assert own[0, 3:].tolist() == [-1.0, 1.0, 0.0]
+
+
+def test_one_group_of_all_is_the_batch_up_to_leaving_oneself_out():
+    returns = normal(8, 5, 60)
+    one, scale = credit.advantage(returns)
+    other, wide = credit.group_advantage(returns, 60, own_scale=False)
+    assert other == pytest.approx(one)
+    assert wide == pytest.approx(np.full(60, scale * 60 / 59))
+
+
+def test_a_group_that_agrees_or_has_one_survivor_says_nothing():
+    returns = np.array([[2.0, 2.0, 5.0, NAN, 1.0, 4.0]])
+    for own_scale in (False, True):
+        found, _ = credit.group_advantage(returns, 2, own_scale)
+        assert found[0, :4].tolist() == [0.0] * 4
+        assert np.all(np.abs(found[0, 4:]) > 0.5)
+
+
 # against the exact gradient
-#
-# eps_theta = a x + b on the line: every x_t is Gaussian, so J_alpha with r(x) = -(x - 1)^2 / 2 is a polynomial in the
-# chain's means and variances, and autograd gives its gradient without sampling.
 
-ALPHA, NUM_CHAINS, NUM_BLOCKS = 0.6, 120_000, 24
-PROCESSES = {"beta": reverse_process(linear(4, 0.2, 0.6)), "ddim": reverse_process(linear(4, 0.2, 0.6), "gamma", 0.8)}
-THETA = torch.tensor([0.75, -0.35], dtype=torch.float64)
-THETA_PRE = torch.tensor([0.55, 0.1], dtype=torch.float64)
-
-
-class Line(nn.Module):
-    def __init__(self, theta: Tensor) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(theta.clone())
-
-    def forward(self, x_t: Tensor, timestep: Tensor, context: dict[str, Tensor]) -> Tensor:
-        return self.theta[0] * x_t + self.theta[1]
-
-
-def exact_objective(theta: Tensor, process: Process) -> Tensor:
-    """J_alpha by the recursion of mean and variance."""
-    keep, gain, _, _ = process.linear_in("eps")
-    mean, variance, kl = torch.zeros(()).double(), torch.ones(()).double(), torch.zeros(()).double()
-    for t in range(process.num_steps, 0, -1):
-        slope, offset = gain[t] * (theta - THETA_PRE)  # mu_theta - mu_pre = slope x_t + offset
-        kl = kl + ((slope * mean + offset) ** 2 + slope**2 * variance) / (2 * process.sigma[t] ** 2)
-        mean = (keep[t] + gain[t] * theta[0]) * mean + gain[t] * theta[1]
-        variance = (keep[t] + gain[t] * theta[0]) ** 2 * variance + process.sigma[t] ** 2
-    return -((mean - 1) ** 2 + variance) / 2 - ALPHA * kl
-
-
-def reward(x_0: Tensor) -> Tensor:
-    return -((x_0 - 1) ** 2) / 2
+NUM_CHAINS, NUM_BLOCKS = 120_000, 24
 
 
 @dataclass
@@ -187,12 +182,17 @@ def walk(request):
     )
 
 
-def surrogate_gradient(walk: Walk, returns: np.ndarray, explicit: float) -> tuple[np.ndarray, np.ndarray]:
+def surrogate_gradient(
+    walk: Walk, returns: np.ndarray, explicit: float, group: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """dJ/dtheta by PPO's rows at theta_old, and its standard error over blocks of chains.
 
     ``explicit`` is the price of the differentiable KL_t term; J is the sum over t, where a loss is the mean of rows.
     """
     advantage, scale = credit.advantage(returns)
+    if group is not None:
+        advantage, scales = credit.group_advantage(returns, group, own_scale=False)
+        scale = float(scales[0])
     blocks = []
     for block in torch.arange(NUM_CHAINS).chunk(NUM_BLOCKS):
         index = (torch.arange(len(walk.chains.t)).unsqueeze(1) * NUM_CHAINS + block).flatten()
@@ -206,11 +206,6 @@ def surrogate_gradient(walk: Walk, returns: np.ndarray, explicit: float) -> tupl
         blocks.append(-gradient.numpy())
     found = np.stack(blocks)
     return found.mean(0), found.std(0, ddof=1) / np.sqrt(NUM_BLOCKS)
-
-
-def exact_gradient(process: Process) -> np.ndarray:
-    theta = THETA.clone().requires_grad_()
-    return torch.autograd.grad(exact_objective(theta, process), theta)[0].numpy()
 
 
 def test_the_recursion_is_the_pathwise_gradient(walk):
@@ -229,21 +224,29 @@ def test_the_recursion_is_the_pathwise_gradient(walk):
     objective = objective + reward(x[:, 0])
     (gradient,) = torch.autograd.grad(objective.mean(), theta)
     assert float(objective.detach().mean()) == pytest.approx(float(exact_objective(THETA, process)), abs=0.02)
-    assert gradient.numpy() == pytest.approx(exact_gradient(process), rel=0.06)
+    assert gradient.numpy() == pytest.approx(exact_gradient(process).numpy(), rel=0.06)
 
 
 def test_later_kls_in_the_advantage_and_this_steps_kl_in_the_loss_give_the_exact_gradient(walk):
     returns = credit.reward_to_go(walk.rewards, walk.kl, ALPHA)
     found, error = surrogate_gradient(walk, returns, explicit=ALPHA)
-    exact = exact_gradient(walk.policy.process)
+    exact = exact_gradient(walk.policy.process).numpy()
     assert np.all(np.abs(found - exact) < 4 * error)
     assert np.linalg.norm(found - exact) < 0.06 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("group", [2, 8])
+def test_groups_however_small_give_the_exact_gradient_because_nobody_is_in_his_own_baseline(walk, group):
+    found, error = surrogate_gradient(walk, credit.reward_to_go(walk.rewards, walk.kl, ALPHA), ALPHA, group)
+    exact = exact_gradient(walk.policy.process).numpy()
+    assert np.all(np.abs(found - exact) < 4 * error)
+    assert np.linalg.norm(found - exact) < 0.08 * np.linalg.norm(exact)
 
 
 def test_sampled_log_ratios_of_this_step_and_the_later_ones_give_the_exact_gradient(walk):
     own_and_later = credit.later(walk.log_ratio) + walk.log_ratio
     found, error = surrogate_gradient(walk, walk.rewards - ALPHA * own_and_later, explicit=0.0)
-    exact = exact_gradient(walk.policy.process)
+    exact = exact_gradient(walk.policy.process).numpy()
     assert np.all(np.abs(found - exact) < 4 * error)
     assert np.linalg.norm(found - exact) < 0.06 * np.linalg.norm(exact)
 
@@ -252,7 +255,7 @@ def test_a_closed_form_kl_of_step_t_inside_the_advantage_does_not(walk):
     """It depends on x_t only, so it is a baseline: the penalty on step t vanishes. T Eq. 21 holds nothing else."""
     own_and_later = credit.later(walk.kl) + walk.kl
     found, error = surrogate_gradient(walk, walk.rewards - ALPHA * own_and_later, explicit=0.0)
-    exact = exact_gradient(walk.policy.process)
+    exact = exact_gradient(walk.policy.process).numpy()
     assert np.max(np.abs(found - exact) / error) > 20
     assert np.linalg.norm(found - exact) > 0.5 * np.linalg.norm(exact)
     only_own = walk.rewards - ALPHA * walk.kl  # T Eq. 21
@@ -263,4 +266,4 @@ def test_a_closed_form_kl_of_step_t_inside_the_advantage_does_not(walk):
 def test_counting_step_t_twice_does_not_either(walk):
     own_and_later = credit.later(walk.log_ratio) + walk.log_ratio
     found, error = surrogate_gradient(walk, walk.rewards - ALPHA * own_and_later, explicit=ALPHA)
-    assert np.max(np.abs(found - exact_gradient(walk.policy.process)) / error) > 20
+    assert np.max(np.abs(found - exact_gradient(walk.policy.process).numpy()) / error) > 20

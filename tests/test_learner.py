@@ -5,17 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayft.algorithms.ppo import PPOConfig
-from rayft.algorithms.rgdm import RGDMConfig
-from rayft.algorithms.rwmle import RWMLEConfig
+from rayft.spec import algorithm, known_algorithms
 
-CONFIGS = {"ppo": PPOConfig, "rwmle": RWMLEConfig, "rgdm": RGDMConfig}
+WHOLE = ("backprop", "pcl")  # rows are chains
 
 
 def build(name="ppo", num_learners=0, **training):
     """128 chains of 32 steps: 4,096 transitions."""
-    told = {"chains": 4096 if name == "rgdm" else 128, "minibatch_size": 4096, "lr": 1e-3, **training}
-    config = CONFIGS[name]().domain("toy").reward("quadratic").chain(num_steps=32).training(**told)
+    told = {"chains": 4096 if name == "rgdm" else 128, "minibatch_size": 128 if name in WHOLE else 4096, "lr": 1e-3}
+    config = algorithm(name)().domain("toy").reward("quadratic").chain(num_steps=32).training(**told | training)
     config.evaluate(every=0, chains=64, pretrained_chains=256, alpha=0.5)
     return config.learners(num_learners=num_learners).build_algo()
 
@@ -43,9 +41,13 @@ def largest_gap(a, b):
     # Adam divides by the size of the gradient, so four steps amplify the rounding of one.
     [
         ("ppo", "float32", 4096, 1e-6),
+        ("backprop", "float64", 128, 1e-11),
+        ("pcl", "float64", 128, 1e-11),
+        *(
+            pytest.param(name, "float64", 32 if name in WHOLE else 1024, 1e-9, marks=pytest.mark.slow)
+            for name in known_algorithms()
+        ),
         pytest.param("ppo", "float64", 4096, 1e-12, marks=pytest.mark.slow),
-        pytest.param("ppo", "float64", 1024, 1e-10, marks=pytest.mark.slow),
-        pytest.param("rgdm", "float64", 1024, 1e-10, marks=pytest.mark.slow),
     ],
 )
 def test_zero_one_and_two_learners_take_the_same_steps(ray_session, name, precision, minibatch_size, tolerance):
@@ -60,11 +62,11 @@ def test_zero_one_and_two_learners_take_the_same_steps(ray_session, name, precis
         print(f"{name} {precision} {minibatch_size}: weights differ by {largest_gap(weights, outcomes[0][0]):.1e}")
         assert largest_gap(weights, outcomes[0][0]) <= tolerance
         # RLlib averages the learners' logged losses in float32 where there were several minibatches
-        assert loss == pytest.approx(outcomes[0][1], abs=tolerance if minibatch_size == 4096 else 1e-6)
+        assert loss == pytest.approx(outcomes[0][1], abs=tolerance if minibatch_size in (128, 4096) else 1e-6)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", known_algorithms())
 def test_four_microbatches_are_one_minibatch(ray_session, name, precision, tolerance):
     outcomes, credit = [], None
     for microbatches in (1, 4):

@@ -1,6 +1,6 @@
-"""GRPO: PPO whose baseline is the mean of a group of chains that began alike, instead of the mean of the batch.
+"""GRPO: PPO whose baseline is the mean of the other chains that began alike, instead of the mean of the batch.
 
-    A_t = (G_t - mean over the chain's group of G_t) / s,    G_t = r - alpha sum_{later} KL
+    A_t = (G_t - mean over the others of the group of G_t) / s,    G_t = r - alpha sum_{later} KL
 
 A group shares x_T, or only its condition. Where what is fixed decides much of the reward, the group's mean takes that
 out, and no value network is needed. Loss and KL are PPO's (ppo.py).

@@ -185,7 +185,7 @@ class PCLConfig(DiffusionConfig):
 
     def num_rows(self, num_steps: int) -> int:
         told = self.settings()
-        return told.chains * (num_steps // (told.steps or num_steps))
+        return (told.chains + told.replay) * (num_steps // (told.steps or num_steps))
 
     def validate(self) -> None:
         steps, num_steps = self.settings().steps, self.process().num_steps
