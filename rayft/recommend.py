@@ -28,10 +28,8 @@ from rayft.seeds import torch_generator
 from rayft.settings import defaults
 from rayft.spec import RunSpec, algorithm
 
-DEAR, LAB = (
-    10.0,
-    1.0,
-)  # a score that costs this many times what drawing its sample does; one that takes this many seconds
+DEAR = 10.0  # times what drawing a sample costs, from which on its score is dear
+LAB = 1.0  # seconds a score, from which on scores are all that a run pays for
 FEW = 0.005  # share of the samples that p* would use, under which weighting them teaches little
 PROBED = 4  # chains whose memory is measured
 SHARE = 0.5  # of the memory that a chain's gradients may take

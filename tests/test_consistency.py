@@ -105,8 +105,7 @@ def test_older_chains_are_learned_from_again_and_the_oldest_are_let_go(ray_sessi
 
 def test_the_trust_region_pulls_the_policy_back_and_leaves_the_value_network_alone(ray_session):
     algo = small(lr=0.05, target_kl=0.1, value_lr=1e-2).build_algo()
-    algo.train()
-    told = algo.metrics.peek(("learners", "default_policy"))
+    told = algo.train()["learners"]["default_policy"]
     assert told["update_kl"] < 0.2
     assert told["update_shrunk_to"] < 0.5
     critic = algo.learner_group._learner.module["default_policy"].unwrapped().critic
