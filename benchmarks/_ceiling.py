@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,18 @@ from rayft.seeds import torch_generator
 from rayft.space import squared_norm
 
 CENTRE = torch.tensor([0.8, 0.6])
+STRIPE = 0.5
 LR, BATCH, EMA = 2e-3, 512, 0.98
 
 
 def quadratic(x_0: Tensor) -> Tensor:
     """The toy's reward in torch, to differentiate: -|x - (0.8, 0.6)|^2 / 2."""
     return -0.5 * squared_norm(x_0 - CENTRE.to(x_0))
+
+
+def stripes(x_0: Tensor) -> Tensor:
+    """The toy's other reward: 1 on every other stripe of the plane, 0 between."""
+    return ((x_0 @ CENTRE.to(x_0) / STRIPE).floor() % 2 == 0).to(x_0.dtype)
 
 
 def backpropagated(reference: Policy, alpha: float, seed: int, num_iterations: int) -> Policy:
@@ -77,6 +83,7 @@ class Plane:
     reference: Policy
     spacing: float = 0.05
     reach: float = 5.0
+    reward: Callable[[Tensor], Tensor] = quadratic
 
     @property
     def points(self) -> Float[Tensor, "point 2"]:
@@ -86,7 +93,7 @@ class Plane:
     @torch.no_grad()
     def ceiling(self, alpha: float) -> float:
         """J of the best Gaussian transitions, by the recursion above."""
-        value = quadratic(self.points)
+        value = self.reward(self.points)
         for sigma, before in self._steps():
             ahead, mean = self._ahead(value, sigma), before
             for _ in range(100):  # mu = mu_pre + sigma^2 / alpha * gradient of E V
@@ -99,7 +106,7 @@ class Plane:
 
     def optimum(self, alpha: float) -> float:
         """J* = alpha log E_pre exp(r/alpha), without sampling."""
-        return alpha * math.log(self.expected((quadratic(self.points) / alpha).exp()))
+        return alpha * math.log(self.expected((self.reward(self.points) / alpha).exp()))
 
     @torch.no_grad()
     def expected(self, value: Float[Tensor, " point"]) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks import _ceiling, _picture, _result
+from benchmarks import _ceiling, _every, _picture, _result
 from rayft import domain as domains
 from rayft import evaluate
 from rayft.algorithms.config import DiffusionConfig
@@ -263,9 +263,13 @@ def main() -> None:
     parser = _result.arguments(__doc__)
     parser.add_argument("--parts", type=Path, help="file that keeps finished runs: start again and it goes on")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than 0 to 4")
+    parser.add_argument("--all", action="store_true", help="every algorithm and guide on two targets; see _every.py")
     parser.add_argument("--grid", action="store_true", help="RGDM's grid alone; the picture stays as it is")
     told = parser.parse_args()
     torch.set_num_threads(1)
+    if told.all:
+        _every.main(told)
+        return
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     plan = QUICK if told.quick else Plan()
     plan = dataclasses.replace(plan, seeds=told.seeds) if told.seeds else plan

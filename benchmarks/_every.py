@@ -1,0 +1,265 @@
+"""``python -m benchmarks.optimum --all``: every algorithm and every guide on two targets of the toy.
+
+    attained = (J(p) - E_pre[r]) / (J* - E_pre[r]),    J = E[r] - alpha KL
+
+quadratic (alpha 0.5) is smooth and pulls four modes into one; stripes (alpha 0.2) is 0 or 1, many modes, no gradient.
+A job is one process, so that its peak memory is its own. Settings were chosen on seeds 100 to 102; 0 to 4 are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import _ceiling, _guided, _picture, _result
+from rayft import domain as domains
+from rayft import evaluate
+from rayft.chain import Policy, log_normal, reverse_process, sample
+from rayft.seeds import torch_generator
+
+SEEDS, BATCH, CHAINS, PRETRAINED = (0, 1, 2, 3, 4), 10_000, 100_000, 400_000
+FAILED_S = 1200  # seconds after which a job is given up
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reward of the toy, the alpha it is asked for at, and how fine its ceiling is solved."""
+
+    alpha: float
+    value: Callable[[Tensor], Tensor]
+    spacing: float
+
+
+TARGETS = {"quadratic": Target(0.5, _ceiling.quadratic, 0.05), "stripes": Target(0.2, _ceiling.stripes, 0.025)}
+TRAINED: dict[str, dict[str, Any]] = {  # name -> iterations, algorithm and its settings, for both targets
+    "backprop": {"iterations": 250, "lr": 1e-3, "chains": 512, "ema": 0.98},
+    "pcl": {"iterations": 250, "lr": 1e-3, "chains": 256, "ema": 0.97},
+    "pcl_replay": {"algorithm": "pcl", "iterations": 250, "lr": 1e-3, "chains": 128, "replay": 128, "ema": 0.97},
+    "pcl_pieces": {"algorithm": "pcl", "iterations": 250, "lr": 1e-3, "chains": 256, "steps": 10, "ema": 0.97},
+    "grpo": {"iterations": 300, "lr": 1e-3, "chains": 512, "ema": 0.99},
+    "ppo": {"iterations": 200, "lr": 5e-4, "chains": 512, "ema": 0.99},
+    "rwmle": {"iterations": 200, "lr": 1e-3, "chains": 1024, "ema": 0.995},
+    "forward": {"iterations": 60, "lr": 1e-3, "chains": 512, "ema": 0.97},
+    "rgdm": {"iterations": 36, "lr": 1e-3, "ema": 0.97, "timestep_weight": "simple", "x_0_above": 20},
+}
+OWN: dict[tuple[str, str], dict[str, Any]] = {  # what a target needs beside that
+    ("rgdm", "quadratic"): {"temperature": 0.5, "radius": 1.5},
+    ("rgdm", "stripes"): {"temperature": 0.3, "radius": 1.0, "x_0_above": 15},
+    ("backprop", "stripes"): {"surrogate": 3, "surrogate_chains": 512, "surrogate_steps": 100},
+}
+GUIDES = {
+    "quadratic": ("mc", "soft_q", "tweedie", "path_integral", "smc", "best_of_n"),
+    "stripes": ("mc", "soft_q", "path_integral", "smc", "best_of_n"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training or one guide, and a seed."""
+
+    name: str
+    target: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.target}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What it came to. ``kl`` and ``attained`` are missing where a method has no density."""
+
+    reward: float
+    kl: float | None
+    attained: float | None
+    seconds: float
+    calls: int
+    memory_mb: float
+
+
+class Ground:
+    """The pretrained toy and what is known of a target without training: J*, E_pre[r], the ceiling."""
+
+    def __init__(self, name: str, pretrained: int = PRETRAINED) -> None:
+        domain, self.target = domains.build("toy", {}), TARGETS[name]
+        net = domain.denoiser().requires_grad_(False)
+        self.reference = Policy(net, reverse_process(domain.schedule()), domain.space)
+        drawn = (self.chains(self.reference, n, "pretrained").x_0 for n in range(pretrained // BATCH))
+        parts = [self.target.value(x_0) for x_0 in drawn]
+        self.rewards = torch.cat(parts).double().numpy()
+        self.base, self.optimum = float(self.rewards.mean()), evaluate.optimum(self.rewards, self.target.alpha)
+
+    def chains(self, policy: Policy, batch: int, purpose: str) -> Any:
+        """The same x_T and the same noise for every policy."""
+        generator = torch_generator(0, batch, f"benchmark {purpose}")
+        x_T = torch.randn(BATCH, 2, generator=generator)  # noqa: N806
+        return sample(policy, x_T, {}, generator, reference=self.reference)
+
+    def share(self, objective: float) -> float:
+        return (objective - self.base) / (self.optimum - self.base)
+
+    def measure(self, policy: Policy, num: int) -> tuple[float, float, float]:
+        """(reward, KL, attained); J by the sampled log-ratio, whose scatter nearly cancels the reward's near p*."""
+        told = np.mean([self._batch(policy, batch) for batch in range(max(num // BATCH, 1))], axis=0)
+        reward, kl, log_ratio = told.tolist()
+        return reward, kl, self.share(reward - self.target.alpha * log_ratio)
+
+    def _batch(self, policy: Policy, batch: int) -> list[float]:
+        chains, before = self.chains(policy, batch, "evaluate"), torch.zeros(BATCH)
+        for row in range(chains.num_rows):
+            sigma = float(policy.process.sigma[row + 1])
+            before += log_normal(policy.space, chains.x[row], chains.columns["mean_ref"][row], sigma, {})
+        told = (self.target.value(chains.x_0), chains.columns["kl"].sum(0), chains.columns["log_prob"].sum(0) - before)
+        return [float(value.double().mean()) for value in told]
+
+    def ceiling(self) -> float:
+        """The share of the best Gaussian transitions that a search from mu_pre finds."""
+        plane = _ceiling.Plane(self.reference, self.target.spacing, reward=self.target.value)
+        base = plane.expected(self.target.value(plane.points))
+        return (plane.ceiling(self.target.alpha) - base) / (plane.optimum(self.target.alpha) - base)
+
+
+# -- one job, in its own process
+
+
+def work(job: Job, quick: bool) -> Row:
+    """Trains or guides, and measures."""
+    torch.set_num_threads(1)
+    num = BATCH if quick else CHAINS
+    ground, before = Ground(job.target, num), _peak()
+    if job.name not in TRAINED:
+        return guided(job, ground, before)
+    policy, seconds, calls = train(job, quick)
+    memory = _peak() - before
+    reward, kl, attained = ground.measure(policy, num)
+    return Row(reward, kl, attained, seconds, calls, memory)
+
+
+def guided(job: Job, ground: Ground, before: float) -> Row:
+    """A guide's chain has a KL; what chooses among events has none, but for best-of-N's known bound."""
+    found, seconds, calls = _guided.guided(job.name, job.target, ground.target.alpha, job.seed)
+    memory = _peak() - before
+    if isinstance(found, Policy):
+        reward, kl, attained = ground.measure(found, BATCH)
+        return Row(reward, kl, attained, seconds, calls, memory)
+    reward = float(ground.target.value(found).mean())
+    if job.name != "best_of_n":
+        return Row(reward, None, None, seconds, calls, memory)
+    num = calls / len(found)
+    kl = math.log(num) - (num - 1) / num
+    return Row(reward, kl, ground.share(reward - ground.target.alpha * kl), seconds, calls, memory)
+
+
+def train(job: Job, quick: bool) -> tuple[Policy, float, int]:
+    """(the policy, seconds of training, reward calls)."""
+    import ray
+
+    from rayft.spec import algorithm
+
+    told = TRAINED[job.name] | OWN.get((job.name, job.target), {})
+    iterations, name = told.pop("iterations"), told.pop("algorithm", job.name)
+    cls = algorithm(name)
+    told |= {"alpha": TARGETS[job.target].alpha} if hasattr(cls.settings_class, "alpha") else {}
+    ray.init("local", num_cpus=1, include_dashboard=False, logging_level=logging.ERROR)
+    config = cls().domain("toy").reward(job.target).training(**told).evaluate(every=0)
+    algo: Any = config.debugging(seed=job.seed, log_level="ERROR").build_algo()
+    start = time.perf_counter()
+    for _ in range(math.ceil(iterations / (25 if quick else 1))):
+        algo.train()
+    seconds = time.perf_counter() - start
+    algo.sync()
+    policy, calls = algo.env_runner.module.policies["ema"], algo.counts["reward_calls"]
+    algo.stop()
+    ray.shutdown()
+    return policy, seconds, calls
+
+
+def _peak() -> float:
+    """Most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# -- all of them
+
+
+def main(told: argparse.Namespace) -> None:
+    """Works the jobs off, tells a table for each target, and draws both frontiers."""
+    seeds = tuple(told.seeds or ((0,) if told.quick else SEEDS))
+    result, folder = _result.Result("every"), _result.folder(told)
+    for name, target in TARGETS.items():
+        ground = Ground(name, BATCH if told.quick else PRETRAINED)
+        frontier, points, lines = evaluate.frontier(ground.rewards), [], []
+        if not told.quick:
+            result.figures[f"ceiling/{name}"] = _result.Figure(ground.ceiling())
+        for method in (*TRAINED, *GUIDES[name]):
+            rows = [finished(Job(method, name, seed), told.parts, told.quick) for seed in seeds]
+            lines.append(tell(method, name, rows, result))
+            point = _mean(rows, "kl"), _mean(rows, "reward")
+            points += [] if math.isnan(point[0]) else [_picture.Point(method, *point)]
+        headings = ("", "attained", "reward", "KL", "seconds", "calls", "MB")
+        _result.show(f"{name}, alpha {target.alpha}", headings, lines, _caption(name, ground, result))
+        if folder is not None:
+            _picture.write(folder / f"every_{name}.svg", f"The toy, {name}: reward against KL", frontier, points)
+    result.write(folder)
+
+
+def finished(job: Job, parts: Path | None, quick: bool) -> Row:
+    """From the file of finished jobs, or worked now in a process of its own."""
+    lines = parts.read_text().splitlines() if parts is not None and parts.is_file() else []
+    known = {one["job"]: one["row"] for one in map(json.loads, lines)}
+    if job.key not in known:
+        told = [sys.executable, "-m", "benchmarks._every", *job.key.split("/"), *(["--quick"] if quick else [])]
+        done = subprocess.run(told, capture_output=True, text=True, timeout=FAILED_S, check=False)
+        if done.returncode:
+            raise SystemExit(f"{job.key} failed: {done.stderr[-2000:]}")
+        known[job.key] = json.loads(done.stdout.splitlines()[-1])
+        print(job.key, known[job.key], flush=True)
+        if parts is not None:
+            with parts.open("a") as file:
+                file.write(json.dumps({"job": job.key, "row": known[job.key]}) + "\n")
+    return Row(**known[job.key])
+
+
+def tell(method: str, target: str, rows: list[Row], result: _result.Result) -> list[Any]:
+    """One line of the table and its figures."""
+    shares = [row.attained for row in rows if row.attained is not None]
+    if shares:
+        result.figures[f"attained/{method}/{target}"] = _result.over_seeds(shares)
+    for name in ("reward", "seconds", "calls", "memory_mb"):
+        result.figures[f"{name}/{method}/{target}"] = _result.Figure(_mean(rows, name))
+    share = str(result.figures[f"attained/{method}/{target}"]) if shares else "no density"
+    numbers = [_mean(rows, name) for name in ("reward", "kl", "seconds")]
+    return [method, share, *numbers, f"{_mean(rows, 'calls'):,.0f}", f"{_mean(rows, 'memory_mb'):.0f}"]
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _caption(name: str, ground: Ground, result: _result.Result) -> str:
+    ceiling = result.figures.get(f"ceiling/{name}")
+    told = f"E_pre[r] {ground.base:.4f}, J* {ground.optimum:.4f}"
+    return told if ceiling is None else f"{told}; ceiling of Gaussian transitions {ceiling}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    asked = Job(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    print(json.dumps(asdict(work(asked, "--quick" in sys.argv))))
