@@ -39,5 +39,5 @@ class Critic(nn.Module):
     ) -> Float[Tensor, " batch"]:
         u = (timestep.to(x_t.dtype) / self.num_steps).unsqueeze(-1)
         angle = u * self.waves.to(x_t.dtype)
-        told = [context[key].to(x_t.dtype).flatten(1) for key in sorted(context)]
+        told = [context[key].to(x_t.dtype).reshape(len(x_t), -1) for key in sorted(context)]
         return self.net(torch.cat([x_t.flatten(1), u, angle.sin(), angle.cos(), *told], -1)).squeeze(-1)
