@@ -17,6 +17,7 @@ from rayft.cli import main
 from rayft.domain import Domain, PlainDenoiser
 from rayft.guidance import registry
 from rayft.guidance.base import Ground, Reward
+from rayft.guidance.fit import log_domain_loss
 from rayft.guidance.path_integral import PathIntegral
 from rayft.guidance.smc import systematic
 from rayft.guidance.value import Climbing, Value
@@ -165,6 +166,15 @@ def test_resampling_keeps_to_the_shares_within_one():
     share = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
     chosen = systematic(share, torch.Generator().manual_seed(0))
     assert torch.bincount(chosen[0], minlength=4).tolist() == [2, 1, 1, 0] and chosen[1].tolist() == [2] * 4
+
+
+def test_the_loss_of_the_fit_is_least_at_the_log_of_the_mean_exponential():
+    y = torch.tensor([-1.0, 0.5, 1.0])
+    h = torch.tensor(0.0, requires_grad=True)
+    for _ in range(200):
+        (slope,) = torch.autograd.grad(log_domain_loss(h, y), h)
+        h = (h - 0.3 * slope).detach().requires_grad_(True)
+    assert float(h.detach()) == pytest.approx(math.log(float(y.exp().mean())), abs=1e-4)
 
 
 # -- what changes nothing
