@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayft import reward as rewards
-from rayft.aggregate import Recipe
+from rayft.aggregate import Component, Recipe
 from rayft.bench import Bench
 from rayft.domain import Domain
 from rayft.guidance import registry
@@ -32,6 +32,7 @@ def guide(settings: Any, bench: Bench, service: RewardService, seed: int, tell: 
     reward = asked(service, bench.domain)
     if service.recipe.needs_fit:
         reward(*by_chains(bench, bench.reference)(NUM_FITTED, torch_generator(seed, 0, "zscore")))
+    reward.identity = _identity(service, bench.domain)
     ground = Ground(bench, reward, seed, tell)
     return registry.drawing(registry.build(settings, ground), ground), reward
 
@@ -44,17 +45,16 @@ def asked(service: RewardService, domain: Domain) -> Reward:
         found = service.score(*events, "guide")
         return torch.from_numpy(found.rewards).to(x_0.device), found.num_calls
 
-    parts = service.recipe.parts
-    name = str(parts[0].path) if len(parts) == 1 else "a composition"
-    return Reward(name, score, _slope(service.recipe, domain), _identity(service, domain))
+    part = service.recipe.parts[0]
+    name = str(part.path) if _plain(service.recipe) else "a composition"
+    return Reward(name, score, _slope(service.recipe, domain))
 
 
 def _slope(recipe: Recipe, domain: Domain) -> Slope | None:
     """The torch function of a reward that stands alone and as it is; built when it is first asked."""
     part = recipe.parts[0]
     kind = rewards.target(part.path, domain.rewards)
-    plain = len(recipe.parts) == 1 and not part.transforms and part.weight == 1 and recipe.aggregate == "sum"
-    if not plain or not isinstance(kind, type) or not issubclass(kind, rewards.DifferentiableReward):
+    if not _plain(recipe) or not isinstance(kind, type) or not issubclass(kind, rewards.DifferentiableReward):
         return None
 
     @cache
@@ -67,10 +67,17 @@ def _slope(recipe: Recipe, domain: Domain) -> Slope | None:
 def _identity(service: RewardService, domain: Domain) -> str:
     """What tells these rewards from others: their code and arguments, how they are made one, and failures' value."""
     told, recipe = service.settings, service.recipe
-    own = [[rewards.identity(part.path, part.arguments, domain.rewards), _plain(part)] for part in recipe.parts]
+    own = [[rewards.identity(part.path, part.arguments, domain.rewards), _beside(part)] for part in recipe.parts]
     beside: Mapping[str, Any] = {"undecodable": told.undecodable, "on_failure": told.on_failure, "floor": told.floor}
-    return json.dumps([own, recipe.aggregate, recipe.undecodable, recipe.floor, beside], sort_keys=True, default=str)
+    made = [recipe.aggregate, recipe.undecodable, recipe.floor, recipe.state()]
+    return json.dumps([own, made, beside], sort_keys=True, default=str)
 
 
-def _plain(part: Any) -> dict[str, Any]:
+def _plain(recipe: Recipe) -> bool:
+    part = recipe.parts[0]
+    return len(recipe.parts) == 1 and not part.transforms and part.weight == 1 and recipe.aggregate == "sum"
+
+
+def _beside(part: Component) -> dict[str, Any]:
+    """What becomes of its scores."""
     return {k: v for k, v in asdict(part).items() if k not in ("path", "arguments")}

@@ -276,6 +276,10 @@ def test_rewards_that_say_too_little_for_a_value_are_refused(bench, reward, why)
         (["--guide", "mc", "guide.value=x.pt"], "guide.value is x.pt; give a .safetensors file in a folder"),
         (["--guide", "path_integral", "guide.value=no.safetensors"], "no.safetensors is no whole .safetensors file"),
         (["--guide", "tweedie", "--reward", "stripes"], "tweedie follows the reward's gradient and stripes has none"),
+        (
+            ["--guide", "tweedie", "--reward", "combine", "reward.parts={q: {name: quadratic, transform: zscore}}"],
+            "tweedie follows the reward's gradient and a composition has none",
+        ),
     ],
 )
 def test_what_cannot_guide_is_said_in_a_sentence(told, why, tmp_path, monkeypatch, capfd):

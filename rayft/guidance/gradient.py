@@ -35,6 +35,9 @@ class Guided(Shifted):
 
     def moved(self, x_t: Tensor, t: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """mu_theta and sigma_t^2 grad v / alpha, from one pass of the network."""
+        legible = self.legible.to(t.device)[t]
+        if not bool(legible.any()):
+            return self.base.mean(x_t, t, context), torch.zeros_like(x_t)
         keep, gain, keep_x0, gain_x0 = (
             row.to(x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1)) for row in self._on(x_t.device)[0][:4, t]
         )
@@ -44,4 +47,4 @@ class Guided(Shifted):
             event = point if self.read_at == "x_t" else keep_x0 * point + gain_x0 * out
             (gradient,) = torch.autograd.grad(self.reward(event, context).sum(), point)
         shift = self.uphill(t, gradient / self.alpha, context)
-        return keep * x_t + gain * out.detach(), shift * expand(self.legible.to(t.device)[t].double(), shift)
+        return keep * x_t + gain * out.detach(), shift * expand(legible.double(), shift)

@@ -62,7 +62,8 @@ class PathIntegral(Shifted):
     def moved(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> tuple[Tensor, Tensor]:
         """mu_base and the weighted mean of the candidates' own shifts."""
         mean, num = self.base.mean(x_t, t, context), self.num_candidates
-        if not bool(self.legible.to(t.device)[t].any()):
+        legible = self.legible.to(t.device)[t]
+        if not bool(legible.any()):
             return mean, torch.zeros_like(mean)
         wide = repeated(context, num)
         z = self._pairs(mean, context) * expand(self.sigma(t), mean).unsqueeze(1)
@@ -70,7 +71,7 @@ class PathIntegral(Shifted):
         r = self._read(x_prev, t.repeat_interleave(num) - 1, wide).to(mean.dtype).unflatten(0, (-1, num))
         weight = torch.where(r.isfinite(), r / self.alpha, -torch.inf).softmax(1).nan_to_num(1 / num)
         shift = (weight.reshape(*weight.shape, *[1] * (mean.ndim - 1)) * z).sum(1)
-        return mean, shift * expand(self.legible.to(t.device)[t].double(), shift)
+        return mean, shift * expand(legible.double(), shift)
 
     def _pairs(self, mean: Tensor, context: Context) -> Float[Tensor, "batch cand *event"]:
         """Standard normal in the space, and its mirror image."""
