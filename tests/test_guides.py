@@ -264,6 +264,12 @@ def test_rewards_that_say_too_little_for_a_value_are_refused(bench, reward, why)
         build("mc", Ground(bench, reward_of(reward)), chains=256)
 
 
+def test_a_value_that_has_learnt_nothing_guides_nobody(bench):
+    cliffs = reward_of(lambda x, _: (x[:, 0] * 50).floor() % 2)
+    with pytest.raises(ValueError, match=r"from 512 chains the value network learnt nothing of .* take smc or best"):
+        build("mc", Ground(bench, cliffs), chains=512, steps=40)
+
+
 @pytest.mark.parametrize(
     ("told", "why"),
     [

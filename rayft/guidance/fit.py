@@ -28,6 +28,7 @@ from rayft.settings import Count, Positive
 NUM_ROWS, NUM_JUDGED, NUM_LOOKS = 1024, 8192, 20
 HIGHEST = 3.0  # exp(z) goes on as its tangent from here: one lucky chain must not throw the network
 DECAY = 0.99  # of the moving average, which is kept, and which bootstrapping looks at
+WORTHWHILE, LEAST_LEARNT = 0.01, 0.01  # nats that knowing r would be worth; the share of them that is something
 HELD_OUT = 8  # one chain in so many is not trained on
 
 
@@ -108,8 +109,19 @@ def fitted(settings: FitSettings, ground: Ground, ahead: int | None = None) -> V
             judged = fit.judged(judges)
             if judged < best[0]:
                 best = judged, copy.deepcopy(slow.state_dict())
+    _learnt(walks.reward, walks.reward[judges[1]], best[0], ground)
     slow.load_state_dict(best[1])
     return Value(slow, bench.policy, settings.alpha, level)
+
+
+def _learnt(reward: Tensor, judged: Tensor, loss: float, ground: Ground) -> None:
+    """Refuses a value that knows no more of r than its level. Of a flat h, E[exp(y)] = 1; of h = y, 1 + E[y]."""
+    possible, found = -float(reward.mean()), float(soft_exp(judged).mean()) - loss
+    if possible > WORTHWHILE and not found > LEAST_LEARNT * possible:
+        raise ValueError(
+            f"from {len(reward)} chains the value network learnt nothing of {ground.reward.name}, and would guide "
+            "nowhere: give it more guide.chains and guide.steps or a finer Domain.critic, or take smc or best_of_n"
+        )
 
 
 def tried(ground: Ground) -> nn.Module:
