@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 OVERRIDES: dict[str, Any] = {"nargs": "*", "metavar": "key=value"}
+GUIDES = "mc, soft_q, tweedie, classifier, path_integral, smc or best_of_n; guide.KEY=value sets its numbers"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,13 +69,16 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
 
 def _sample(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help="a run folder (its best checkpoint), a checkpoint folder, or a domain (pretrained)")
-    sub.add_argument("overrides", **OVERRIDES, help="for example reward.reference=CCO, or domain.KEY of a domain")
+    sub.add_argument(
+        "overrides", **OVERRIDES, help="for example reward.reference=CCO, guide.alpha=0.5, or domain.KEY of a domain"
+    )
     sub.add_argument("--num", type=_count, default=256, help="how many to draw (256)")
     sub.add_argument("--out", default="samples.npz", help=".npz, or a suffix of the domain's, such as .sdf or .csv")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--num-steps", type=_count, help="timesteps of a domain's chain; its own by default")
     sub.add_argument("--score", action="store_true", help="add the run's reward of each sample")
     sub.add_argument("--reward", metavar="NAME", help="score with this reward instead; a domain has none of its own")
+    sub.add_argument("--guide", metavar="NAME", help=f"lean towards the reward while sampling: {GUIDES}")
     sub.add_argument("--top", type=_count, metavar="N", help="keep the N highest scores, equal samples once")
 
 

@@ -146,7 +146,7 @@ class Policy:
         return torch.cat([self._piece(x_t[p], t[p], {k: v[p] for k, v in context.items()}) for p in pieces])
 
     def _piece(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
-        timestep = self._on(x_t.device)[1][t]
+        timestep = self.timestep(t)
         if self.autocast is None:
             return self.space.project(self.network(x_t, timestep, context), context)
         with torch.autocast(x_t.device.type, dtype=self.autocast):
@@ -178,6 +178,10 @@ class Policy:
     def sigma(self, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """sigma_t, one per row."""
         return self._on(t.device)[0][4, t]
+
+    def timestep(self, t: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """What networks were trained to call these t."""
+        return self._on(t.device)[1][t]
 
     def log_prob(self, x_prev: Tensor, mean: Tensor, t: Int[Tensor, " batch"], context: Context) -> Tensor:
         """log p(x_prev | x_t), summed over the event's axes, exact in the space."""

@@ -175,11 +175,13 @@ def evaluate(told: argparse.Namespace) -> int:
 def sample(told: argparse.Namespace) -> int:
     """Draw finished events from a checkpoint, or from a domain's pretrained model."""
     from rayft import sampling
+    from rayft import source as sources
 
     scored = told.score or told.reward is not None
     if told.top is not None and not scored:
         raise ValueError("--top takes the highest scores: add --score, or --reward NAME")
-    source = sampling.find(told.source, scored, told.reward, told.overrides, told.num_steps)
+    asked = sources.Asked(scored, told.reward, told.guide, told.num_steps, told.overrides)
+    source = sources.find(told.source, asked)
     out = _writable(Path(told.out))
     write = sampling.writer(source.domain, out)
     drawn = sampling.draw(source, told.num, told.seed)

@@ -211,6 +211,18 @@ def test_a_checkpoint_may_be_scored_with_another_reward_and_other_arguments(run,
         assert not np.allclose(own["reward"], other["reward"])
 
 
+def test_a_checkpoint_is_guided_by_its_own_reward_which_need_not_score_what_is_drawn(run, capfd):
+    told = ["sample", str(run), "--num", "20", "--out"]
+    assert main([*told, "plain.npz", "--score"]) == 0
+    assert main([*told, "best.npz", "--guide", "best_of_n", "guide.n=8", "--score"]) == 0
+    assert main([*told, "one.npz", "--guide", "best_of_n", "guide.n=1"]) == 0
+    said = "20 samples in best.npz: x_0, reward; guided by best_of_n, 160 reward calls\n"
+    assert capfd.readouterr().out.endswith(f"{said}20 samples in one.npz: x_0; guided by best_of_n, 20 reward calls\n")
+    with np.load("plain.npz") as plain, np.load("best.npz") as best, np.load("one.npz") as one:
+        assert best["reward"].mean() > plain["reward"].mean() + 0.5
+        np.testing.assert_array_equal(one["x_0"], plain["x_0"])
+
+
 def test_a_checkpoint_keeps_its_chain_and_a_device_is_not_replaced_by_a_file(run, capfd):
     assert main(["sample", str(run), "--num-steps", "5"]) == 2
     assert "a checkpoint is sampled with the chain that it was trained on" in capfd.readouterr().err

@@ -1,1 +1,1 @@
-"""Steering a chain while it is sampled, without training anything."""
+"""Steering a chain while it is sampled, without training the model."""
