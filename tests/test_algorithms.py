@@ -20,7 +20,7 @@ TOLD = {
     "molecules_conditional": {**SMALL, "weights": None},
     "molecules_edm": {**SMALL, "model": str(GOLDEN / "edm/conditional"), "at": {"alpha": 0, "gap": 0}},
 }
-WORLDS = {"toy": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
+WORLDS = {"toy": "quadratic", "toy_flow": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
 TOLD |= {"shapes": {"num_points": 16}, "shapes_conditional": {"num_points": 16, "weights": None}}
 WORLDS |= {"shapes": "symmetry", "shapes_conditional": "symmetry"}
 
