@@ -298,7 +298,8 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def builtin() -> dict[str, str]:
     """Short name -> import path of every installed domain."""
-    return {"plain": "rayft.domain:Plain"} | {e.name: e.value for e in entry_points(group="rayft.domains")}
+    own = {"plain": "rayft.domain:Plain", "conditioned": "rayft.conditioned:Conditioned"}
+    return own | {e.name: e.value for e in entry_points(group="rayft.domains")}
 
 
 def find(path: Any) -> type[Domain]:

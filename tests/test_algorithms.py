@@ -21,7 +21,9 @@ TOLD = {
     "molecules_edm": {**SMALL, "model": str(GOLDEN / "edm/conditional"), "at": {"alpha": 0, "gap": 0}},
 }
 WORLDS = {"toy": "quadratic", "toy_flow": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
+TOLD |= {"conditioned": {"domain": "toy", "classes": [0, 1, 2, 3]}}
 TOLD |= {"shapes": {"num_points": 16}, "shapes_conditional": {"num_points": 16, "weights": None}}
+WORLDS |= {"conditioned": "corner"}
 WORLDS |= {"shapes": "symmetry", "shapes_conditional": "symmetry"}
 
 
