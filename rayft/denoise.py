@@ -124,12 +124,12 @@ def target(prediction: str, schedule: Schedule, x_0: Tensor, noise: Tensor, t: I
 
 
 def event_losses(domain: Domain, schedule: Schedule, net: Denoiser, batch: Batch) -> Float[Tensor, " batch"]:
-    """|target - network|^2 of each event, mean over the space's axes (R Eq. 5)."""
+    """|target - network|^2 of each event, mean over the space's axes (R Eq. 5), as the network weights its levels."""
     x_0, t, noise, context = batch.x_0, batch.t, batch.noise, batch.context
     x_t = forward_noise(schedule, x_0, t, noise)
     wrong = domain.space.project(net(x_t, schedule.timestep[t], context), context)
     wrong = wrong - target(net.prediction, schedule, x_0, noise, t)
-    return squared_norm(wrong) / domain.space.dim(x_0, context)
+    return squared_norm(wrong) / domain.space.dim(x_0, context) * net.loss_weight(schedule.timestep[t])
 
 
 def denoising_loss(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rayft import imports
-from rayft.chain import Prediction
+from rayft.chain import Prediction, expand
 from rayft.critic import Critic
 from rayft.schedule import NAMED, Schedule, from_betas
 from rayft.space import Context, FullSpace, Space
+
+VELOCITIES = ("velocity", "velocity_to_data")
 
 
 class Denoiser(nn.Module, ABC):
@@ -40,6 +42,10 @@ class Denoiser(nn.Module, ABC):
     def exported(self) -> nn.Module:
         """The module whose state dict the user gave and gets back."""
         return self
+
+    def loss_weight(self, timestep: Int[Tensor, " batch"]) -> Tensor | float:
+        """What a level's squared error counts in pretraining."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,47 @@ class PlainDenoiser(Denoiser):
         return self.net
 
 
+class FlowDenoiser(Denoiser):
+    """A rectified flow's velocity ``net(x_s, s)`` on a chain of the same marginals (T Sec. 9).
+
+        x_s = (1 - s) x_0 + s noise,    net = noise - x_0,    x0_hat = x_s - s net(x_s, s)
+
+    A chain's x_t is x_s / c: s = c sqrt(1 - alpha_bar_t) and c = 1 / (sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t)).
+    ``to_data`` is for networks whose time runs the other way: net(x, 1 - s) = x_0 - noise.
+    """
+
+    prediction = "x0"
+    time: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module, schedule: Schedule, to_data: bool = False) -> None:
+        super().__init__()
+        self.net, self.to_data = net, to_data
+        signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+        self.register_buffer("scale", 1 / (signal + noise), persistent=False)
+        self.register_buffer("time", noise / (signal + noise), persistent=False)
+
+    def forward(self, x_t: Tensor, timestep: Tensor, context: Context) -> Tensor:
+        s, x_s = self.time[timestep].to(x_t.dtype), expand(self.scale[timestep], x_t) * x_t
+        velocity = -self.net(x_s, 1 - s) if self.to_data else self.net(x_s, s)
+        return x_s - expand(s, x_t) * velocity
+
+    def exported(self) -> nn.Module:
+        return self.net
+
+    def loss_weight(self, timestep: Tensor) -> Tensor:
+        """1 / s^2: even in the velocity, which is flow matching's own loss."""
+        return self.time[timestep].float() ** -2
+
+
 class Plain(Domain):
     """A domain from four things every diffusion user has: a module, its weights, its betas and the shape of an event.
 
     ``betas`` is a list, or a schedule by name: ``{name: linear, num_steps: 1000, beta_1: 1e-4, beta_T: 0.02}``.
     ``first_timestep`` is the smallest t the network was trained with (0 in DDPM's code, 1 in its paper).
+
+    ``prediction`` is eps, x0 or v, or that of a rectified flow, with betas ``{name: rectified, num_steps: 50}``:
+    ``velocity``, net(x, s) = noise - x_0 with noise at s = 1, or ``velocity_to_data``, x_0 - noise with noise at 0.
     """
 
     def __init__(
@@ -134,7 +176,7 @@ class Plain(Domain):
         event_shape: list[int],
         betas: list[float] | dict[str, Any],
         weights: str | None = None,
-        prediction: Prediction = "eps",
+        prediction: str = "eps",
         first_timestep: int = 0,
         network_arguments: dict[str, Any] | None = None,
     ) -> None:
@@ -142,7 +184,13 @@ class Plain(Domain):
             raise ValueError(f"event_shape is {event_shape!r}; give the shape of one event, for example [1, 28, 28]")
         if first_timestep not in (0, 1):
             raise ValueError(f"first_timestep is {first_timestep!r}; the network counts from 0 or from 1")
-        self.prediction: Prediction = prediction
+        known = (*get_args(Prediction), *VELOCITIES)
+        if prediction not in known:
+            what = f"prediction is {prediction!r}{imports.nearest(prediction, known)}"
+            raise ValueError(f"{what}; a network predicts {', '.join(known)}")
+        if prediction in VELOCITIES and first_timestep != 0:
+            raise ValueError(f"first_timestep is {first_timestep}, and a velocity's time is a number from 0 to 1")
+        self.prediction = prediction
         self.network, self.weights, self.arguments = network, weights, network_arguments or {}
         self.event_shape, self.betas = tuple(event_shape), betas
         self.first_timestep = first_timestep
@@ -169,7 +217,9 @@ class Plain(Domain):
             raise ValueError(f"{self.network} gives {type(net).__name__}; a network is a torch.nn.Module net(x, t)")
         if self.weights is not None:
             load_weights(net, Path(self.weights))
-        return PlainDenoiser(net, self.prediction, self.first_timestep)
+        if self.prediction in VELOCITIES:
+            return FlowDenoiser(net, self.schedule(), self.prediction == "velocity_to_data")
+        return PlainDenoiser(net, cast("Prediction", self.prediction), self.first_timestep)
 
 
 def pretrained(domain: Domain) -> Denoiser:
@@ -248,7 +298,8 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def builtin() -> dict[str, str]:
     """Short name -> import path of every installed domain."""
-    return {"plain": "rayft.domain:Plain"} | {e.name: e.value for e in entry_points(group="rayft.domains")}
+    own = {"plain": "rayft.domain:Plain", "conditioned": "rayft.conditioned:Conditioned"}
+    return own | {e.name: e.value for e in entry_points(group="rayft.domains")}
 
 
 def find(path: Any) -> type[Domain]:

@@ -115,11 +115,13 @@ class _Batch:
 
     def _score(self) -> tuple[np.ndarray, Arrays]:
         """Rewards of the events reached. A Gym reward is a number, so a failed call has the undecodable value too."""
-        samples = self.decode(self.x.numpy().copy(), {k: v.numpy() for k, v in self.context.items()})
+        context = {k: v.numpy() for k, v in self.context.items()}
+        samples = self.decode(self.x.numpy().copy(), context)
         found = np.array([sample is not None for sample in samples])
         values = np.full(len(samples), np.nan)
         if found.any():
-            values[found], reasons = score.call(self.reward, [sample for sample in samples if sample is not None])
+            given = [sample for sample in samples if sample is not None]
+            values[found], reasons = score.call(self.reward, given, {k: v[found] for k, v in context.items()})
             for reason in reasons:
                 gym.logger.warn(f"the reward failed, so the event scores as undecodable: {reason}")
         scored = np.isfinite(values)

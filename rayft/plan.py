@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import yaml
 
+from rayft import adapt
 from rayft.chain import reverse_process
+from rayft.domain import pretrained
 from rayft.spec import RunSpec
 
 
@@ -17,17 +19,21 @@ def plan(spec: RunSpec) -> str:
     chain, settings = config.section("chain"), config.settings()
     domain = config.build_domain()
     steps = reverse_process(domain.schedule(), chain.sigma, chain.eta, chain.num_steps).num_steps
-    weights = sum(p.numel() for p in domain.denoiser().parameters())
+    net = pretrained(domain)
+    weights = sum(p.numel() for p in net.parameters())
+    net = adapt.adapted(net, settings.lora_rank, settings.lora_scale, settings.trainable)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    where = "in adapters " if settings.lora_rank else ""
     width = 8 if settings.precision == "float64" else 4
     event = math.prod(domain.event_shape) * width
     rows = config.num_rows(steps)
     networks = 2 + (settings.ema > 0)
-    learner = weights * width * (networks + 4)
+    learner = width * (weights * networks + trained * 4)
     batch = rows * event * 2 + (settings.chains * event)
     lines = [
         yaml.safe_dump(spec.full(), sort_keys=False),
         f"chain: {steps} transitions; {settings.chains} chains a iteration; {rows} transitions to learn from",
-        f"network: {weights:,} weights; {networks} copies in every runner and learner",
+        f"network: {weights:,} weights, {trained:,} {where}trained; {networks} copies in every runner and learner",
         f"memory: about {_size(learner)} per learner (weights, gradient, Adam, trust region) without activations; "
         f"about {_size(batch)} for one iteration's chains and anchors",
         "placement:",

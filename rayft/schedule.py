@@ -82,4 +82,18 @@ def polynomial(num_steps: int, power: float = 2.0, precision: float = 1e-5, min_
     return from_alpha_bar((1 - 2 * precision) * squared + precision)
 
 
-NAMED = {"linear": linear, "cosine": cosine, "polynomial": polynomial}
+def rectified(num_steps: int, shift: float = 1.0) -> Schedule:
+    """The levels of a rectified flow x_s = (1 - s) x_0 + s noise at s = t/T, as a variance-preserving schedule.
+
+        x_t = x_s / c,    c = sqrt((1-s)^2 + s^2),    alpha_bar = (1-s)^2 / c^2,    alpha_bar_T = 0
+
+    ``shift`` above 1 has more of the levels where noise is: s = shift u / (1 + (shift - 1) u) at u = t/T.
+    """
+    if shift <= 0:
+        raise ValueError(f"shift is {shift}; it should be above 0, and 1 spreads the levels of a flow evenly")
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    s = shift * u / (1 + (shift - 1) * u)
+    return from_alpha_bar((1 - s) ** 2 / ((1 - s) ** 2 + s**2))
+
+
+NAMED = {"linear": linear, "cosine": cosine, "polynomial": polynomial, "rectified": rectified}

@@ -303,11 +303,13 @@ def _number(score: Any) -> float:
     return float(score)
 
 
-def call(reward: Reward, samples: list[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+def call(
+    reward: Reward, samples: list[Any], context: Mapping[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """(one score per sample, a few reasons), in this process: NaN marks the samples it failed on."""
     bench = Workbench(Told((Part("reward", reward),), None, itself))
     numbers = np.arange(len(samples))
-    work = Work(0, numbers, samples, {}, (Task(0, numbers),))
+    work = Work(0, numbers, samples, context or {}, (Task(0, numbers),))
     values, errors = np.full(len(samples), np.nan), {}
     for said in bench.run(work):
         if isinstance(said, Done) and said.part != DECODE:

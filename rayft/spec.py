@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rayft import algorithms, domain, imports
+from rayft import adapt, algorithms, domain, imports
 from rayft.algorithms.base import open_service
 from rayft.algorithms.config import SECTIONS, DiffusionConfig
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, check, sentence
@@ -135,6 +135,8 @@ class RunSpec(BaseModel):
         world = config.build_domain()
         if config.num_gpus_per_env_runner == config.num_gpus_per_learner == 0:
             domain.try_out(world, self.weights)
+            told = config.settings()
+            adapt.adapted(domain.pretrained(world), told.lora_rank, told.lora_scale, told.trainable)
         scoring = config.section("scoring")
         open_trackers(self.track, Path(), {})
         if scoring.actors == 0:

@@ -165,10 +165,15 @@ def trusted(checkpoint: Checkpoint, trust: bool) -> None:
 
 def continues(checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
     """Refuses to go on with other weights, another chain or another algorithm than the checkpoint was made with."""
-    for key in ("algorithm", "domain", "chain"):
-        if checkpoint.card[key] != told[key]:
+    then, now = checkpoint.card, told
+    pairs = {key: (then[key], now[key]) for key in ("algorithm", "domain", "chain")}
+    trained = then["config"]["training"], now["training"]
+    for key in ("lora_rank", "lora_scale", "trainable"):
+        pairs[f"training.{key}"] = (trained[0].get(key) or None, trained[1].get(key) or None)
+    for key, (one, other) in pairs.items():
+        if one != other:
             raise ValueError(
-                f"{checkpoint.path} was made with {key} {checkpoint.card[key]} and cannot go on with {told[key]}; "
+                f"{checkpoint.path} was made with {key} {one} and cannot go on with {other}; "
                 f"resume with the same {key}, or start another run"
             )
 

@@ -20,8 +20,10 @@ TOLD = {
     "molecules_conditional": {**SMALL, "weights": None},
     "molecules_edm": {**SMALL, "model": str(GOLDEN / "edm/conditional"), "at": {"alpha": 0, "gap": 0}},
 }
-WORLDS = {"toy": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
+WORLDS = {"toy": "quadratic", "toy_flow": "quadratic", "toy_masked": "spread", **dict.fromkeys(TOLD, "weight")}
+TOLD |= {"conditioned": {"domain": "toy", "classes": [0, 1, 2, 3]}}
 TOLD |= {"shapes": {"num_points": 16}, "shapes_conditional": {"num_points": 16, "weights": None}}
+WORLDS |= {"conditioned": "corner"}
 WORLDS |= {"shapes": "symmetry", "shapes_conditional": "symmetry"}
 STUDY = {"surrogate": 2, "surrogate_chains": 64, "surrogate_steps": 5, "steps": 2}  # for rewards that have no gradient
 

@@ -83,6 +83,7 @@ TOLD: dict[str, dict[str, Any]] = {  # what a domain needs to be told; the other
         "domain_arguments": {"network": Tiny, "event_shape": [2, 3], "betas": {"num_steps": 30}},
         "reward": mean_of_each,
     },
+    "conditioned": {"domain_arguments": {"domain": "toy_masked", "classes": ["a", "b"]}},
     "molecules_conditional": {"domain_arguments": {"weights": None, **SMALL}},
     "molecules_edm": {"domain_arguments": {"model": calm(), "at": {"alpha": 0, "gap": 0}, **SMALL}},
     "shapes": {"domain_arguments": {"num_points": 16}},

@@ -50,6 +50,13 @@ def test_the_yaml_example_runs(tmp_path):
     assert (tmp_path / "runs/my/report.html").is_file()
 
 
+def test_the_conditions_example_runs(tmp_path):
+    (tmp_path / "asked.yaml").write_text(example("conditions"))
+    small = ["iterations=2", "training.chains=256", "evaluate.chains=256", "evaluate.pretrained_chains=512", "--quiet"]
+    run("-m", "rayft.cli", "run", "asked.yaml", *small, cwd=tmp_path)
+    assert (tmp_path / "runs/asked/report.html").is_file()
+
+
 def test_the_rewards_example_runs_and_pays_nothing_the_second_time(tmp_path):
     (tmp_path / "mine.yaml").write_text(example("rewards"))
     small = ["iterations=2", "training.chains=128", "training.minibatch_size=256"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CENTRES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
-WEIGHTS = torch.tensor([0.1, 0.2, 0.4, 0.3])
-SPREAD = 0.5
+from envs.toy import mixture
+
+CENTRES, WEIGHTS = torch.tensor(mixture.CENTRES), torch.tensor(mixture.WEIGHTS)
+SPREAD = mixture.SPREAD
 
 
 def draw(num_events: int, generator: torch.Generator) -> Tensor:

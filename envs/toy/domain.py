@@ -23,7 +23,11 @@ class Toy(Domain):
     """Mixture of four Gaussians in the plane. Weights: ``rayft pretrain toy_pretrain``."""
 
     event_shape = (2,)
-    rewards: Mapping[str, str] = {"quadratic": "envs.toy.reward:Quadratic", "stripes": "envs.toy.reward:Stripes"}
+    rewards: Mapping[str, str] = {
+        "quadratic": "envs.toy.reward:Quadratic",
+        "stripes": "envs.toy.reward:Stripes",
+        "corner": "envs.toy.reward:Corner",
+    }
 
     def __init__(self, num_steps: int = 50, weights: str | None = str(WEIGHTS)) -> None:
         self.num_steps, self.weights = num_steps, weights

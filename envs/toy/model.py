@@ -29,6 +29,12 @@ class TimeFeatures(nn.Module):
         return torch.cat([u, (u * self.waves).sin(), (u * self.waves).cos()], -1)
 
 
+def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Three hidden layers."""
+    layers = [nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
+
+
 class ToyDenoiser(Denoiser):
     """Noise prediction by a three-layer perceptron."""
 
@@ -37,15 +43,7 @@ class ToyDenoiser(Denoiser):
     def __init__(self, num_steps: int, width: int = 64, dim: int = 2) -> None:
         super().__init__()
         self.time = TimeFeatures(num_steps)
-        self.net = nn.Sequential(
-            nn.Linear(dim + self.time.size, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, dim),
-        )
+        self.net = perceptron(dim + self.time.size, width, dim)
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: Context) -> Tensor:
         return self.net(torch.cat([x_t, self.time(timestep).to(x_t.dtype)], -1))

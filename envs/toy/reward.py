@@ -1,4 +1,4 @@
-"""The toy's rewards: one smooth, one with cliffs."""
+"""The toy's rewards: one smooth, one with cliffs, and one that is told where to go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.toy.mixture import CENTRES, SPREAD, WEIGHTS
 from rayft.reward import DifferentiableReward, Reward
 
 
@@ -37,6 +38,21 @@ class Stripes(Reward):
     def __call__(self, samples: Sequence[np.ndarray]) -> np.ndarray:
         along = np.stack(samples) @ np.array([0.8, 0.6])
         return (np.floor(along / self.width) % 2 == 0).astype(np.float64)
+
+
+class Corner(Reward):
+    """r(x, y) = log p(y | x), y the corner of the mixture that x was drawn at: what domain ``conditioned`` is for.
+
+    ``y`` counts the corners from the upper right, against the clock.
+    """
+
+    def __call__(self, samples: Sequence[np.ndarray], conditions: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
+        if len(conditions) < len(samples) or not all("y" in told for told in conditions):
+            raise ValueError("corner needs a condition y of 0 to 3: take the domain conditioned with four classes")
+        gap = np.stack(samples)[:, None] - np.asarray(CENTRES)
+        log_p = np.log(WEIGHTS) - np.square(gap).sum(-1) / (2 * SPREAD**2)
+        y = np.array([int(told["y"]) for told in conditions])
+        return log_p[np.arange(len(y)), y] - np.logaddexp.reduce(log_p, axis=-1)
 
 
 class Spread(Reward):

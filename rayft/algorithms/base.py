@@ -33,6 +33,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
+from rayft import adapt
 from rayft.algorithms.config import DiffusionConfig
 from rayft.chain import Chains
 from rayft.domain import Domain
@@ -245,7 +246,8 @@ class DiffusionRL(Algorithm):
     def policy_state(self, which: str = "denoiser") -> dict[str, np.ndarray]:
         """The trained network's weights (``ema`` for their moving average), as numpy."""
         state = self.learner_group.get_weights()[DEFAULT_MODULE_ID]
-        return {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
+        own = {k.removeprefix(f"{which}."): v for k, v in state.items() if k.startswith(f"{which}.")}
+        return adapt.plain(getattr(self.env_runner.module, which), own)
 
     def set_policy(self, weights: dict[str, np.ndarray]) -> None:
         """Puts weights into the trained network (and its average) on every learner and runner."""
@@ -253,7 +255,7 @@ class DiffusionRL(Algorithm):
         def put(learner: Any) -> None:
             module = learner.module[DEFAULT_MODULE_ID].unwrapped()
             for net in filter(None, (module.denoiser, module.ema)):
-                net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in weights.items()})
+                adapt.put(net, {k: torch.from_numpy(np.array(v)) for k, v in weights.items()})
 
         self.learner_group.foreach_learner(put)
         self.sync()

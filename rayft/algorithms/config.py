@@ -62,6 +62,12 @@ class Settings:
     """bfloat16 runs the network in autocast; noise, log-probabilities and KL stay float32."""
     ema: Share = 0.0
     """Decay of a moving average of the weights; where it is on, the average is evaluated and exported."""
+    lora_rank: CountOrZero = 0
+    """Above 0, only adapters W + scale B A of this rank are trained; a weight with a smaller side has that for rank."""
+    lora_scale: Positive | None = None
+    """Factor of B A; 16 / lora_rank where none is given. A larger one lets the same ``lr`` go further."""
+    trainable: list[str] | None = None
+    """Patterns such as ``net.0.*`` of what is trained (or adapted), by the names in an export; all without them."""
     target_kl: Positive | None = 1.0
     """Trust region: nats per chain that one iteration may move the policy; a larger update is shrunk back to it."""
 
@@ -290,6 +296,12 @@ class DiffusionConfig(AlgorithmConfig):
             raise ValueError(
                 f"training.timesteps is [{first}, {last}]; give the first and the last of t = 1 .. {process.num_steps}"
             )
+        if settings.lora_scale is not None and not settings.lora_rank:
+            raise ValueError(
+                f"training.lora_scale is {settings.lora_scale} without adapters; set training.lora_rank too"
+            )
+        if settings.trainable == []:
+            raise ValueError("training.trainable is empty, so nothing would be trained; leave it out to train all")
         if settings.row_share > 1:
             raise ValueError(f"training.row_share is {settings.row_share}; it is a share, above 0 and at most 1")
         if settings.minibatch_size % (learners * settings.microbatches):
@@ -328,6 +340,9 @@ class DiffusionConfig(AlgorithmConfig):
             "weights": self.initial_weights,
             "precision": self.precision,
             "ema": self.ema,
+            "lora_rank": self.lora_rank,
+            "lora_scale": self.lora_scale,
+            "trainable": self.trainable,
             "num_steps": chain.num_steps,
             "sigma": chain.sigma,
             "eta": chain.eta,

@@ -23,6 +23,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
+from rayft import adapt
 from rayft.chain import Chains
 from rayft.rl.module import device_of
 from rayft.seeds import numpy_generator
@@ -177,7 +178,7 @@ class DiffusionLearner(TorchLearner):
         module = self._module[DEFAULT_MODULE_ID].unwrapped()
         if module.ema is not None:
             with torch.no_grad():
-                for slow, fast in zip(module.ema.parameters(), module.denoiser.parameters(), strict=True):
+                for slow, fast in zip(module.ema.parameters(), adapt.parameters(module.denoiser), strict=True):
                     slow.lerp_(fast, 1 - self.config.ema)
 
     def _log_steps_trained_metrics(self, batch: MultiAgentBatch) -> None:

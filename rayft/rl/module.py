@@ -12,6 +12,7 @@ from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.utils.framework import get_device
 
+from rayft import adapt
 from rayft import domain as domains
 from rayft.bench import Bench
 from rayft.chain import Policy, reverse_process
@@ -38,10 +39,10 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
         self.dtype = DTYPES[told["precision"]]
         denoiser = domains.pretrained(self.domain).to(self.dtype)
         self.reference = copy.deepcopy(denoiser).requires_grad_(False).eval()
-        self.denoiser = denoiser
         if told["weights"] is not None:
             domains.load_weights(denoiser, told["weights"])
         self.ema = copy.deepcopy(denoiser).requires_grad_(False).eval() if told["ema"] > 0 else None
+        self.denoiser = adapt.adapted(denoiser, told["lora_rank"], told["lora_scale"], told["trainable"])
         self.critic = self.domain.critic().to(self.dtype) if told.get("critic") else None
         self.through: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # a learner's own use of a minibatch
         process = self.process = reverse_process(self.domain.schedule(), told["sigma"], told["eta"], told["num_steps"])
@@ -55,6 +56,16 @@ class DenoiserModule(TorchRLModule, InferenceOnlyAPI):
     def get_non_inference_attributes(self) -> list[str]:
         """Not sent to runners: the reference never changes, so every process builds its own; values guide learning."""
         return ["reference"] if self.critic is None else ["reference", "critic"]
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """RLlib would leave out what it does not know."""
+        own, given = ({k for k in told if k.startswith("denoiser.")} for told in (self.state_dict(), state))
+        if given and own != given:
+            raise ValueError(
+                "the state was made with other adapters: give the same training.lora_rank and trainable, or start "
+                "another run from its exported weights"
+            )
+        super().set_state(state)
 
     def train(self, mode: bool = True) -> DenoiserModule:
         super().train(mode)
