@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from envs.toy import data
 from envs.toy.reward import Corner
-from rayft import sampling, spec
+from rayft import sampling, source, spec
 from rayft.conditioned import Conditioned
 from rayft.domain import build, find, fit
 from rayft.evaluate import optimum
@@ -151,8 +151,8 @@ def test_a_trained_condition_is_drawn_by_name(tmp_path):
     save_file(net.state_dict(), tmp_path / "tuned.safetensors")
     told = ["domain.domain=toy", f"domain.classes=[{', '.join(CORNERS)}]", "domain.probabilities={lower_left: 1}"]
     told += [f"domain.weights={tmp_path / 'tuned.safetensors'}"]
-    source = sampling.find("conditioned", True, "corner", told, 10)
-    drawn = sampling.draw(source, 16, 0)
+    found = source.find("conditioned", source.Asked(True, "corner", num_steps=10, overrides=told))
+    drawn = sampling.draw(found, 16, 0)
     assert (drawn.context["y"] == 2).all() and np.isfinite(drawn.columns["reward"]).all()
     assert find("conditioned") is Conditioned
 
