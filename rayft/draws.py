@@ -50,6 +50,22 @@ def draw_grouped(bench: Bench, num_chains: int, generator: torch.Generator, sett
     return Draw(chains, chains.x_0, chains.context)
 
 
+def draw_mixed(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
+    """Whole chains: a share ``explore`` of the pretrained model, the rest of the policy, of neighbouring contexts."""
+    x_T, context = bench.start(num_chains, generator)  # noqa: N806
+    num = round(settings["explore"] * num_chains)
+    parts = [(slice(0, num), bench.reference), (slice(num, num_chains), bench.policy)]
+    drawn = [
+        sample(policy, x_T[rows], {k: v[rows] for k, v in context.items()}, generator, reference=bench.reference)
+        for rows, policy in parts
+        if rows.stop > rows.start
+    ]
+    x, t = torch.cat([c.x for c in drawn], 1), torch.cat([c.t for c in drawn], 1)
+    columns = {k: torch.cat([c.columns[k] for c in drawn], 1) for k in drawn[0].columns}
+    chains = Chains(x, t, context, columns)
+    return Draw(chains, chains.x_0, context)
+
+
 def draw_pretrained(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
     """Whole chains of the pretrained model. Its own means are the anchor, so none are evaluated twice."""
     x_T, context = bench.start(num_chains, generator)  # noqa: N806

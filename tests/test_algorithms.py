@@ -30,9 +30,8 @@ STUDY = {"surrogate": 2, "surrogate_chains": 64, "surrogate_steps": 5, "steps": 
 
 def small(name, world="toy", reward=None, **training):
     config = algorithm(name)().domain(world, **TOLD.get(world, {})).reward(reward or WORLDS[world])
-    told = {"chains": 64, "minibatch_size": 64, **training}
-    if name == "backprop" and (reward or WORLDS[world]) != "quadratic":
-        told |= STUDY
+    study = STUDY if name == "backprop" and (reward or WORLDS[world]) != "quadratic" else {}
+    told = {"chains": 64, "minibatch_size": 64, **study, **training}
     return config.training(**told).chain(num_steps=10).evaluate(every=0, chains=64, pretrained_chains=256)
 
 
@@ -96,6 +95,26 @@ def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_sessio
 def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
     with pytest.raises(ValueError, match="rows is for roll_in noised"):
         small("rwmle", rows=256).build_algo()
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "told", "why"),
+    [
+        ("pcl", "quadratic", {"alpha": 0.0}, "training.alpha is 0.0; it should be greater than 0"),
+        ("pcl", "quadratic", {"steps": 3}, "pieces of a chain of 10 may have 1, 2, 5, 10"),
+        ("pcl", "quadratic", {"steps": 20}, "training.steps is 20; pieces of a chain of 10"),
+        ("grpo", "quadratic", {"group_size": 1}, "compared with nobody"),
+        ("grpo", "quadratic", {"group_size": 6}, "need a multiple of 6"),
+        ("backprop", "quadratic", {"steps": 11}, "the chain has only 10 transitions"),
+        ("backprop", "quadratic", {"timesteps": [1, 5]}, "learn from single transitions"),
+        ("backprop", "quadratic", {"target_kl": 0.1}, "lower lr here"),
+        ("backprop", "stripes", {"surrogate": 0}, "stripes is none: .* training.surrogate to 2 or more"),
+        ("forward", "quadratic", {"sampling_steps": 11}, "the chain has only 10 transitions"),
+    ],
+)
+def test_what_an_algorithm_cannot_do_is_refused_with_what_it_can(name, reward, told, why):
+    with pytest.raises(ValueError, match=why):
+        small(name, reward=reward, **told).validate()
 
 
 @pytest.mark.parametrize(

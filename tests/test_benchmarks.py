@@ -56,6 +56,14 @@ def test_the_optimum_benchmark_runs_and_nothing_exceeds_the_ceiling(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_truncated_backpropagation_holds_as_much_for_long_chains_as_for_short_ones(tmp_path: Path):
+    told = figures("backprop", tmp_path)
+    assert told["memory_mb/truncated_again/200"] < told["memory_mb/truncated_again/50"] + 4
+    assert told["memory_mb/whole/200"] > 3 * told["memory_mb/whole/50"]
+    assert told["memory_mb/again/200"] < 0.2 * told["memory_mb/whole/200"]
+
+
+@pytest.mark.slow
 def test_the_pay_off_benchmark_runs_and_a_sweep_pays_once(tmp_path: Path):
     told = figures("rgdm", tmp_path)
     assert told["sweep/reward_calls_ratio"] == pytest.approx(1.0, abs=0.01)

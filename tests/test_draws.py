@@ -15,7 +15,16 @@ from rayft import seeds
 from rayft.bench import Bench
 from rayft.chain import Policy, expand, reverse_process
 from rayft.domain import Denoiser, Domain
-from rayft.draws import draw_current, draw_pretrained, draw_roll_in, join
+from rayft.draws import (
+    draw_current,
+    draw_events,
+    draw_grouped,
+    draw_mixed,
+    draw_pretrained,
+    draw_roll_in,
+    draw_starts,
+    join,
+)
 from rayft.schedule import linear
 from rayft.space import squared_norm
 
@@ -207,3 +216,57 @@ def test_neighbouring_addresses_give_unrelated_numbers():
     drawn = torch.stack([torch.randn(2000, generator=seeds.torch_generator(0, i, "train")) for i in range(20)])
     off_diagonal = torch.corrcoef(drawn) - torch.eye(20)
     assert float(off_diagonal.abs().max()) < 0.1
+
+
+# draws of single algorithms
+
+
+def settled(**told):
+    return {"group_size": 4, "share": "x_T", "explore": 0.0, "sampling_steps": None, **told}
+
+
+@pytest.mark.parametrize("share", ["x_T", "context"])
+def test_neighbours_of_a_group_begin_alike_and_go_their_own_ways(share):
+    drawn = draw_grouped(bench(), 12, seeded(0), settled(share=share))
+    x, mask = drawn.chains.x, drawn.chains.context["mask"]
+    groups = [slice(start, start + 4) for start in (0, 4, 8)]
+    for rows in groups:
+        assert (mask[rows] == mask[rows][0]).all()
+        assert bool((x[-1, rows] == x[-1, rows][0]).all()) == (share == "x_T")
+    assert (x[0, 0] != x[0, 1]).any()
+    assert (x[-1, 0] != x[-1, 4]).any()
+
+
+def test_explorers_are_the_pretrained_models_and_the_others_the_policys():
+    place = bench(shift=0.5)
+    drawn = draw_mixed(place, 12, seeded(0), settled(explore=0.25))
+    kl = drawn.chains.columns["kl"].sum(0)
+    assert (kl[:3] == 0).all()
+    assert (kl[3:] > 0).all()
+    for share, other in ((0.0, draw_current), (1.0, draw_pretrained)):
+        found = draw_mixed(place, 12, seeded(0), settled(explore=share))
+        expected = other(place, 12, seeded(0), {})
+        close(found.chains.x, expected.chains.x)
+        close(found.chains.columns["mean_ref"], expected.chains.columns["mean_ref"])
+
+
+def test_of_events_nothing_of_the_way_is_kept_and_a_shorter_way_may_lead_there():
+    place = bench(Toy(), dtype=torch.float64)
+    whole, expected = draw_events(place, 4000, seeded(0), settled()), draw_current(place, 4000, seeded(0), {})
+    assert len(whole.chains.x) == 2
+    close(whole.events, expected.events)
+    close(whole.chains.columns["kl"].sum(0), expected.chains.columns["kl"].sum(0))
+    short = draw_events(place, 4000, seeded(0), settled(sampling_steps=25))
+    assert "kl" not in short.chains.columns
+    close(short.events.mean(0), whole.events.mean(0), rtol=0, atol=0.15)
+    close(short.events.std(0), whole.events.std(0), rtol=0.1)
+
+
+def test_starts_are_x_T_and_context_alone():  # noqa: N802
+    place = bench()
+    drawn = draw_starts(place, 6, seeded(0), settled())
+    x_T, context = place.start(6, seeded(0))  # noqa: N806
+    assert (drawn.chains.x == x_T).all()
+    assert (drawn.chains.t == place.policy.process.num_steps).all()
+    assert (drawn.chains.context["mask"] == context["mask"]).all()
+    assert len(drawn.events) == 0

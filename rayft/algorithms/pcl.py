@@ -22,10 +22,10 @@ from rayft.algorithms.base import Credit
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.chain import Chains
-from rayft.draws import Draw
+from rayft.draws import Draw, DrawFunction, draw_mixed
 from rayft.rl.learner import DiffusionLearner
 from rayft.seeds import numpy_generator
-from rayft.settings import Count, CountOrZero, Positive
+from rayft.settings import Count, CountOrZero, Positive, ShareOrAll
 from rayft.space import squared_norm
 
 
@@ -43,6 +43,8 @@ class PCLSettings(Settings):
     """Pieces per optimizer step; a piece of K transitions costs K calls of the network."""
     value_lr: Positive = 1e-3
     """AdamW's step size for the value network; it falls as ``lr`` does."""
+    explore: ShareOrAll = 0.0
+    """Share of an iteration's chains that the pretrained model draws: it still knows the modes that a policy left."""
     replay: CountOrZero = 0
     """Older chains that are learned from beside those of an iteration."""
     replay_size: Count = 4096
@@ -122,6 +124,9 @@ class PCL(ChainRL):
     def setup(self, config: Any) -> None:
         super().setup(config)
         self.kept: list[Kept] = []  # the newest chains, where they are to be replayed
+
+    def draw_function(self) -> DrawFunction:
+        return draw_mixed
 
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
         chains, sigma = draw.chains, self.env_runner.module.process.sigma.numpy()[1:]
