@@ -27,6 +27,8 @@ QM9 = {"qed": (0.4664, 0.0779)}  # mean and sd of the training split
 class ConditionalMolecules(Molecules):
     """``Molecules`` conditioned on a reward's number. Weights: ``rayft pretrain molecules_conditional_pretrain``."""
 
+    num_properties = 1
+
     def __init__(
         self,
         condition: str = "qed",

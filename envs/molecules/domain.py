@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from envs.molecules.data import Molecules as Table
-from envs.molecules.light import FEATURE_SCALE, SPACE, LightEGNN
+from envs.molecules.light import FEATURE_SCALE, SPACE, LightCritic, LightEGNN
 from rayft.domain import Denoiser, Domain, Panel, load_weights
 from rayft.schedule import Schedule, polynomial
 from rayft.space import Context
@@ -69,6 +69,7 @@ class Molecules(Domain):
         ".parquet": "envs.molecules.write:parquet",
     }
     metrics = "envs.molecules.render:numbers"
+    num_properties = 0  # that a chain is told
 
     def __init__(
         self,
@@ -93,6 +94,10 @@ class Molecules(Domain):
         if self.weights is not None:
             load_weights(net, Path(self.weights))
         return net
+
+    def critic(self) -> nn.Module:
+        told = self.max_atoms, self.event_shape[1] - 3, int(self.schedule().timestep[-1])
+        return LightCritic(*told, num_properties=self.num_properties)
 
     def context(self, num_chains: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = torch.multinomial(self._num_of_size, num_chains, replacement=True, generator=generator)

@@ -63,6 +63,7 @@ class EDMMolecules(Molecules):
             self.arguments["n_layers"],
         )
         self.event_shape = (self.max_atoms, 3 + found.denoiser.num_features)
+        self.num_properties = len(self.conditioning)
         self.decoder = f"envs.molecules.decode:{'heavy' if found.remove_h else 'full'}"
 
     def schedule(self) -> Schedule:

@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from envs.shapes.critic import CloudCritic
 from envs.shapes.latent import ROWS, fit
 from envs.shapes.model import ShapeDenoiser
 from envs.shapes.source import STORED_POINTS, Source, open_source
@@ -71,6 +72,9 @@ class Shapes(Domain):
 
     def denoiser(self) -> Denoiser:
         return self._net(0)
+
+    def critic(self) -> nn.Module:
+        return CloudCritic(NUM_STEPS)
 
     def data(self, num_events: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         return self._drawn("train", num_events, generator)
@@ -145,6 +149,9 @@ class ConditionalShapes(Shapes):
 
     def denoiser(self) -> Denoiser:
         return self._net(len(self.shapes.classes))
+
+    def critic(self) -> nn.Module:
+        return CloudCritic(NUM_STEPS, len(self.shapes.classes))
 
     def context(self, num_chains: int, generator: torch.Generator) -> dict[str, Tensor]:
         if self.label is None:
