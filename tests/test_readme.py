@@ -123,6 +123,18 @@ def test_every_measured_figure_of_the_readme_is_the_benchmark_s():
         assert float(printed) == pytest.approx(figures[name], abs=0.51 * 10**-digits), name
 
 
+def test_every_figure_of_a_table_with_several_columns_is_too():
+    figures = json.loads((ROOT / "benchmarks/results/table1.json").read_text())
+    found = re.search(r"^\| MMD and .+?((?: \| `[a-z_/]+`)+) \|\n.+\n((?:\|.+\n)+)", README, re.MULTILINE)
+    (head, body), num = found.groups(), 0
+    columns = re.findall(r"`([a-z_/]+)`", head)
+    for prefix, cells in re.findall(r"^\| .+ `([a-z/]+)/\.\.\.` \| (.+) \|$", body, re.MULTILINE):
+        for column, printed in zip(columns, cells.split(" | "), strict=True):
+            digits, num = len(printed.partition(".")[2]), num + 1
+            assert float(printed) == pytest.approx(figures[f"{prefix}/{column}"], abs=0.51 * 10**-digits), prefix
+    assert num == 3 * body.count("\n")
+
+
 @pytest.mark.parametrize("target", re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE))
 def test_every_make_target_of_the_readme_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
