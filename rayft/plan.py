@@ -34,8 +34,8 @@ def plan(spec: RunSpec) -> str:
         yaml.safe_dump(spec.full(), sort_keys=False),
         f"chain: {steps} transitions; {settings.chains} chains a iteration; {rows} transitions to learn from",
         f"network: {weights:,} weights, {trained:,} {where}trained; {networks} copies in every runner and learner",
-        f"memory: about {_size(learner)} per learner (weights, gradient, Adam, trust region) without activations; "
-        f"about {_size(batch)} for one iteration's chains and anchors",
+        f"memory: about {size_of(learner)} per learner (weights, gradient, Adam, trust region) without activations; "
+        f"about {size_of(batch)} for one iteration's chains and anchors",
         "placement:",
         *(f"  {line}" for line in placement(spec)),
     ]
@@ -69,7 +69,7 @@ def _actors(spec: RunSpec) -> list[tuple[str, int, float, float]]:
     ]
 
 
-def _size(num_bytes: float) -> str:
+def size_of(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}"

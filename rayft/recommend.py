@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from rayft import domain as domains
-from rayft import evaluate, reward
+from rayft import evaluate
 from rayft.algorithms.config import DiffusionConfig
 from rayft.bench import Bench
 from rayft.chain import sample
 from rayft.draws import Draw
 from rayft.learnable import bench
 from rayft.offline import scoring
+from rayft.plan import size_of
 from rayft.seeds import torch_generator
 from rayft.settings import defaults
 from rayft.spec import RunSpec, algorithm
@@ -104,7 +104,7 @@ def choose(found: Measured, training: bool = True) -> Advice:
 
 
 def _backpropagated(found: Measured) -> Advice:
-    size = _size(found.chain_bytes)
+    size = size_of(found.chain_bytes)
     if found.fitting >= found.chains:
         return Advice(
             "backprop",
@@ -171,7 +171,7 @@ def measure(spec: RunSpec, num: int, seed: int = 0, memory: float | None = None)
     known, alpha = scores.rewards[np.isfinite(scores.rewards)], config.evaluation_alpha()
     share = None if alpha is None or not len(known) else evaluate.effective_sample_size(known, alpha) / len(known)
     return Measured(
-        differentiable(config, world),
+        differentiable(config),
         score_s,
         draw_s,
         place.policy.process.num_steps,
@@ -192,13 +192,13 @@ def _drawn(place: Bench, num: int, seed: int) -> tuple[Draw, float]:
     return Draw(chains, chains.x_0, chains.context).numpy(), (time.perf_counter() - before) / num
 
 
-def differentiable(config: DiffusionConfig, world: domains.Domain) -> bool:
+def differentiable(config: DiffusionConfig) -> bool:
     """Whether the reward is one torch function of x_0."""
     try:
         config.differentiable("it", "another")
     except ValueError:
         return False
-    return isinstance(config.reward_path, type | str) and reward.target(config.reward_path, world.rewards) is not None
+    return True
 
 
 def saved_bytes(place: Bench, seed: int) -> float:
@@ -257,8 +257,8 @@ def table(found: Measured) -> Table:
     shown.add_row("the reward has a gradient", "yes" if found.differentiable else "no")
     shown.add_row("a score, a sample's chain", f"{_time(found.score_s)}, {_time(found.draw_s)}")
     shown.add_row("transitions of a chain", f"{found.num_steps}")
-    shown.add_row("one chain with gradients", _size(found.chain_bytes))
-    shown.add_row("memory there is", _size(found.memory))
+    shown.add_row("one chain with gradients", size_of(found.chain_bytes))
+    shown.add_row("memory there is", size_of(found.memory))
     if found.effective is not None:
         shown.add_row("samples that p* would use", f"{found.effective:.1%}")
     if found.failed:
@@ -281,11 +281,3 @@ def _time(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.2g} us"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"

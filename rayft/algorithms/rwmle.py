@@ -27,6 +27,7 @@ from rayft.payoff.reading import TimestepWeight
 from rayft.rl.learner import DiffusionLearner
 from rayft.seeds import torch_generator
 from rayft.settings import Count, Positive
+from rayft.surrogate import Seen
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,6 @@ class RWMLESettings(Settings):
     """With ``noised``. vlb: the likelihood's; simple: even in predicted noise; v: even in v, more where noise is."""
     anchor: bool = True
     """Subtracts the noise that a weight of 1 would carry: same expected gradient, far less of it wandering."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One iteration's finished events and what they scored. numpy."""
-
-    x_0: np.ndarray
-    rewards: np.ndarray
-    context: dict[str, np.ndarray]
 
 
 class RWMLELearner(DiffusionLearner):
