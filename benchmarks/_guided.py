@@ -26,14 +26,14 @@ NUM_EVENTS, BATCH = 10_000, 1_000
 
 
 def guided(name: str, reward: str, alpha: float, seed: int, **told: Any) -> tuple[Policy | Tensor, float, int]:
-    """(the guided policy or ``NUM_EVENTS`` events, seconds, reward calls); both of fitting and of these events."""
-    bench, before = pretrained(), time.perf_counter()
+    """(the guided policy or ``NUM_EVENTS`` events, seconds of a core, reward calls); both of fitting and of these events."""
+    bench, before = pretrained(), time.process_time()
     known = asked(bench, reward)
     ground = Ground(bench, known, seed)
     values = {**told} if name == "best_of_n" else {"alpha": alpha, **told}
     found = registry.build(registry.settings(name, values), ground)
     events = drawn(registry.drawing(found, ground), seed)
-    seconds, calls = time.perf_counter() - before, known.calls
+    seconds, calls = time.process_time() - before, known.calls
     return found if isinstance(found, Policy) else events, seconds, calls
 
 
