@@ -22,7 +22,6 @@ from rayft.seeds import torch_generator
 from rayft.space import squared_norm
 
 CENTRE = torch.tensor([0.8, 0.6])
-STRIPE = 0.5
 LR, BATCH, EMA = 2e-3, 512, 0.98
 
 
@@ -31,9 +30,9 @@ def quadratic(x_0: Tensor) -> Tensor:
     return -0.5 * squared_norm(x_0 - CENTRE.to(x_0))
 
 
-def stripes(x_0: Tensor) -> Tensor:
+def stripes(x_0: Tensor, width: float) -> Tensor:
     """The toy's other reward: 1 on every other stripe of the plane, 0 between."""
-    return ((x_0 @ CENTRE.to(x_0) / STRIPE).floor() % 2 == 0).to(x_0.dtype)
+    return ((x_0 @ CENTRE.to(x_0) / width).floor() % 2 == 0).to(x_0.dtype)
 
 
 def backpropagated(reference: Policy, alpha: float, seed: int, num_iterations: int) -> Policy:

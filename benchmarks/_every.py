@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,23 @@ FAILED_S = 1200  # seconds after which a job is given up
 
 @dataclass(frozen=True)
 class Target:
-    """A reward of the toy, the alpha it is asked for at, and how fine its ceiling is solved."""
+    """A reward of the toy and its arguments, the same in torch, the alpha, and how fine its ceiling is solved."""
 
-    alpha: float
+    reward: _guided.Asked
     value: Callable[[Tensor], Tensor]
+    alpha: float
     spacing: float
 
 
-TARGETS = {"quadratic": Target(0.5, _ceiling.quadratic, 0.05), "stripes": Target(0.2, _ceiling.stripes, 0.025)}
+def _striped(width: float, spacing: float) -> Target:
+    return Target(("stripes", {"width": width}), partial(_ceiling.stripes, width=width), 0.2, spacing)
+
+
+TARGETS = {
+    "quadratic": Target(("quadratic", {}), _ceiling.quadratic, 0.5, 0.05),
+    "stripes": _striped(1.0, 0.05),
+    "narrow": _striped(0.5, 0.025),
+}
 TRAINED: dict[str, dict[str, Any]] = {  # name -> iterations, algorithm and its settings, for both targets
     "backprop": {"iterations": 250, "lr": 1e-3, "chains": 512, "ema": 0.98},
     "pcl": {"iterations": 250, "lr": 1e-3, "chains": 256, "ema": 0.97},
@@ -153,7 +163,7 @@ def work(job: Job, quick: bool) -> Row:
 
 def guided(job: Job, ground: Ground, before: float) -> Row:
     """A guide's chain has a KL; what chooses among events has none, but for best-of-N's known bound."""
-    found, seconds, calls = _guided.guided(job.name, job.target, ground.target.alpha, job.seed)
+    found, seconds, calls = _guided.guided(job.name, ground.target.reward, ground.target.alpha, job.seed)
     memory = _peak() - before
     if isinstance(found, Policy):
         reward, kl, attained = ground.measure(found, BATCH)
@@ -175,9 +185,10 @@ def train(job: Job, quick: bool) -> tuple[Policy, float, int]:
     told = TRAINED[job.name] | OWN.get((job.name, job.target), {})
     iterations, name = told.pop("iterations"), told.pop("algorithm", job.name)
     cls = algorithm(name)
-    told |= {"alpha": TARGETS[job.target].alpha} if hasattr(cls.settings_class, "alpha") else {}
+    (reward, arguments), alpha = TARGETS[job.target].reward, TARGETS[job.target].alpha
+    told |= {"alpha": alpha} if hasattr(cls.settings_class, "alpha") else {}
     ray.init("local", num_cpus=1, include_dashboard=False, logging_level=logging.ERROR)
-    config = cls().domain("toy").reward(job.target).training(**told).evaluate(every=0)
+    config = cls().domain("toy").reward(reward, **arguments).training(**told).evaluate(every=0)
     algo: Any = config.debugging(seed=job.seed, log_level="ERROR").build_algo()
     algo.horizon = math.ceil(iterations / (25 if quick else 1))
     start = time.process_time()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from rayft.guidance.base import Ground, Reward
 from rayft.seeds import torch_generator
 
 NUM_EVENTS, BATCH = 10_000, 1_000
+Asked = tuple[str, Mapping[str, Any]]  # a reward of the toy's and its arguments
 
 
-def guided(name: str, reward: str, alpha: float, seed: int, **told: Any) -> tuple[Policy | Tensor, float, int]:
+def guided(name: str, reward: Asked, alpha: float, seed: int, **told: Any) -> tuple[Policy | Tensor, float, int]:
     """(the guided policy or ``NUM_EVENTS`` events, seconds of a core, reward calls); both of fitting and of these events."""
     bench, before = pretrained(), time.process_time()
-    known = asked(bench, reward)
+    known = asked(bench, *reward)
     ground = Ground(bench, known, seed)
     values = {**told} if name == "best_of_n" else {"alpha": alpha, **told}
     found = registry.build(registry.settings(name, values), ground)
@@ -45,9 +47,9 @@ def pretrained() -> Bench:
     return Bench(domain, policy, policy, torch.device("cpu"), torch.float32)
 
 
-def asked(bench: Bench, name: str) -> Reward:
+def asked(bench: Bench, name: str, arguments: Mapping[str, Any]) -> Reward:
     """A reward of the toy's, in this process."""
-    made = rewards.build(name, {}, bench.domain.rewards)
+    made = rewards.build(name, arguments, bench.domain.rewards)
     slope = made.value if isinstance(made, rewards.DifferentiableReward) else None
     return Reward(name, lambda x, _: (torch.from_numpy(np.asarray(made(list(x.numpy())))), len(x)), slope)
 
