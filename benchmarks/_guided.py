@@ -28,7 +28,7 @@ Asked = tuple[str, Mapping[str, Any]]  # a reward of the toy's and its arguments
 
 
 def guided(name: str, reward: Asked, alpha: float, seed: int, **told: Any) -> tuple[Policy | Tensor, float, int]:
-    """(the guided policy or ``NUM_EVENTS`` events, seconds of a core, reward calls); both of fitting and of these events."""
+    """(the guided policy or ``NUM_EVENTS`` events, core seconds, reward calls); both of fitting and of these events."""
     bench, before = pretrained(), time.process_time()
     known = asked(bench, *reward)
     ground = Ground(bench, known, seed)
