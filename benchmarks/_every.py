@@ -2,8 +2,10 @@
 
     attained = (J(p) - E_pre[r]) / (J* - E_pre[r]),    J = E[r] - alpha KL
 
-quadratic (alpha 0.5) is smooth and pulls four modes into one; stripes (alpha 0.2) is 0 or 1, many modes, no gradient.
-A job is one process, so that its peak memory is its own. Settings were chosen on seeds 100 to 102; 0 to 4 are told.
+quadratic (alpha 0.5) is smooth and pulls four modes into one; stripes (alpha 0.2) is 0 or 1, many modes, no gradient;
+narrow, stripes of half that width, is told of a few, one seed. A job is one process, so that its peak memory is its
+own, and a file in results/every/, so that a finished one is not run again. Seconds are those of a core: a quiet
+machine's wall time. Settings were chosen on seeds 100 to 102; 0 to 4 are told.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +34,10 @@ from rayft import domain as domains
 from rayft import evaluate
 from rayft.chain import Policy, log_normal, reverse_process, sample
 from rayft.seeds import torch_generator
+from rayft.store import write_text
 
 SEEDS, BATCH, CHAINS, PRETRAINED = (0, 1, 2, 3, 4), 10_000, 100_000, 400_000
-FAILED_S = 1200  # seconds after which a job is given up
+RESULTS, FAILED_S = _result.RESULTS / "every", 1800  # seconds after which a job is given up
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,35 @@ TRAINED: dict[str, dict[str, Any]] = {  # name -> iterations, algorithm and its 
     "forward": {"iterations": 60, "lr": 1e-3, "chains": 512, "ema": 0.97},
     "rgdm": {"iterations": 36, "lr": 1e-3, "ema": 0.97, "timestep_weight": "simple", "x_0_above": 20},
 }
-OWN: dict[tuple[str, str], dict[str, Any]] = {  # what a target needs beside that
-    ("rgdm", "quadratic"): {"temperature": 0.5, "radius": 1.5},
-    ("rgdm", "stripes"): {"temperature": 0.3, "radius": 1.0, "x_0_above": 15},
-    ("backprop", "stripes"): {"surrogate": 3, "surrogate_chains": 512, "surrogate_steps": 100},
+FAST: dict[str, Any] = {"lr_end": 0.01, "ema": 0.98}  # for edges: large steps that fall to nothing
+PIECES: dict[str, Any] = {"chains": 256, "minibatch_size": 32, "lr": 8e-3, "value_lr": 8e-3, **FAST}
+WHOLE: dict[str, Any] = {"chains": 512, "minibatch_size": 64, "lr": 8e-3, "value_lr": 1e-2, **FAST}
+GRADIENT: dict[str, Any] = {"lr": 6e-3, "num_epochs": 1, **FAST}
+EDGES: dict[str, dict[str, Any]] = {  # what the stripes need
+    "backprop": {"iterations": 250, "lr": 4e-3, "chains": 128, "minibatch_size": 128, **FAST}
+    | {"surrogate": 3, "surrogate_chains": 256, "surrogate_steps": 100, "pessimism": 0.0},
+    "pcl": {"iterations": 300, **WHOLE},
+    "pcl_replay": {"iterations": 300, **WHOLE, "chains": 256, "replay": 256},
+    "pcl_pieces": {"iterations": 500, **PIECES},
+    "grpo": {"iterations": 300, "chains": 512, "minibatch_size": 512, **GRADIENT},
+    "ppo": {"iterations": 200, "chains": 1024, "minibatch_size": 1024, **GRADIENT},
+    "rwmle": {"iterations": 150, "lr": 1e-2, "chains": 2048, "minibatch_size": 1024, **FAST},
+    "forward": {"iterations": 100, "lr": 2e-3, "lr_end": 0.1, "chains": 1024, "minibatch_size": 512},
+    "rgdm": {"iterations": 200, "lr": 1e-2, "chains": 2048, "minibatch_size": 512, **FAST}
+    | {"temperature": 0.5, "radius": 0.5, "x_0_above": 25},
 }
-GUIDES = {
-    "quadratic": ("mc", "soft_q", "tweedie", "path_integral", "smc", "best_of_n"),
-    "stripes": ("mc", "soft_q", "path_integral", "smc", "best_of_n"),
+OWN: dict[str, dict[str, dict[str, Any]]] = {  # what a target needs beside TRAINED
+    "quadratic": {"rgdm": {"temperature": 0.5, "radius": 1.5}},
+    "stripes": EDGES,
+    "narrow": EDGES,
 }
+FITTED = {"chains": 16384, "steps": 6000}  # a value of the stripes
+GUIDES: dict[str, dict[str, dict[str, Any]]] = {
+    "quadratic": {name: {} for name in ("mc", "soft_q", "tweedie", "path_integral", "smc", "best_of_n")},
+    "stripes": {"mc": FITTED, "soft_q": FITTED, "path_integral": {}, "smc": {}, "best_of_n": {}},
+    "narrow": {"mc": FITTED, "soft_q": FITTED, "smc": {}, "best_of_n": {}},
+}
+NARROW = ("pcl_pieces", "ppo", "rwmle", "backprop", *GUIDES["narrow"])  # of all, what is tried there
 
 
 @dataclass(frozen=True)
@@ -87,8 +110,8 @@ class Job:
     seed: int
 
     @property
-    def key(self) -> str:
-        return f"{self.name}/{self.target}/{self.seed}"
+    def file(self) -> Path:
+        return RESULTS / f"{self.name}-{self.target}-{self.seed}.json"
 
 
 @dataclass(frozen=True)
@@ -163,7 +186,8 @@ def work(job: Job, quick: bool) -> Row:
 
 def guided(job: Job, ground: Ground, before: float) -> Row:
     """A guide's chain has a KL; what chooses among events has none, but for best-of-N's known bound."""
-    found, seconds, calls = _guided.guided(job.name, ground.target.reward, ground.target.alpha, job.seed)
+    told = GUIDES[job.target][job.name]
+    found, seconds, calls = _guided.guided(job.name, ground.target.reward, ground.target.alpha, job.seed, **told)
     memory = _peak() - before
     if isinstance(found, Policy):
         reward, kl, attained = ground.measure(found, BATCH)
@@ -182,7 +206,7 @@ def train(job: Job, quick: bool) -> tuple[Policy, float, int]:
 
     from rayft.spec import algorithm
 
-    told = TRAINED[job.name] | OWN.get((job.name, job.target), {})
+    told = TRAINED[job.name] | OWN[job.target].get(job.name, {})
     iterations, name = told.pop("iterations"), told.pop("algorithm", job.name)
     cls = algorithm(name)
     (reward, arguments), alpha = TARGETS[job.target].reward, TARGETS[job.target].alpha
@@ -211,16 +235,17 @@ def _peak() -> float:
 
 
 def main(told: argparse.Namespace) -> None:
-    """Works the jobs off, tells a table for each target, and draws both frontiers."""
+    """Works the jobs off, one seed after the other, tells a table for each target, and draws the frontiers."""
     seeds = tuple(told.seeds or ((0,) if told.quick else SEEDS))
     result, folder = _result.Result("every"), _result.folder(told)
+    done = {job: finished(job, told.quick) for job in jobs(seeds)}
     for name, target in TARGETS.items():
         ground = Ground(name, BATCH if told.quick else PRETRAINED)
         frontier, points, lines = evaluate.frontier(ground.rewards), [], []
         if not told.quick:
             result.figures[f"ceiling/{name}"] = _result.Figure(ground.ceiling())
-        for method in (*TRAINED, *GUIDES[name]):
-            rows = [finished(Job(method, name, seed), told.parts, told.quick) for seed in seeds]
+        for method in methods(name):
+            rows = [row for job, row in done.items() if (job.name, job.target) == (method, name)]
             lines.append(tell(method, name, rows, result))
             point = _mean(rows, "kl"), _mean(rows, "reward")
             points += [] if math.isnan(point[0]) else [_picture.Point(method, *point)]
@@ -231,21 +256,32 @@ def main(told: argparse.Namespace) -> None:
     result.write(folder)
 
 
-def finished(job: Job, parts: Path | None, quick: bool) -> Row:
-    """From the file of finished jobs, or worked now in a process of its own."""
-    lines = parts.read_text().splitlines() if parts is not None and parts.is_file() else []
-    known = {one["job"]: one["row"] for one in map(json.loads, lines)}
-    if job.key not in known:
-        told = [sys.executable, "-m", "benchmarks._every", *job.key.split("/"), *(["--quick"] if quick else [])]
+def methods(target: str) -> tuple[str, ...]:
+    """What is tried on it."""
+    return NARROW if target == "narrow" else (*TRAINED, *GUIDES[target])
+
+
+def jobs(seeds: Sequence[int]) -> list[Job]:
+    """All of them, in the order they are worked."""
+    targets = [(seed, target) for seed in seeds for target in TARGETS if target != "narrow" or seed == seeds[0]]
+    return [Job(method, target, seed) for seed, target in targets for method in methods(target)]
+
+
+def finished(job: Job, quick: bool) -> Row:
+    """From its file, or worked now in a process of its own."""
+    if quick or not job.file.is_file():
+        told = [sys.executable, "-m", "benchmarks._every", job.name, job.target, str(job.seed)]
+        told += ["--quick"] if quick else []
         done = subprocess.run(told, capture_output=True, text=True, timeout=FAILED_S, check=False)
         if done.returncode:
-            raise SystemExit(f"{job.key} failed: {done.stderr[-2000:]}")
-        known[job.key] = json.loads(done.stdout.splitlines()[-1])
-        print(job.key, known[job.key], flush=True)
-        if parts is not None:
-            with parts.open("a") as file:
-                file.write(json.dumps({"job": job.key, "row": known[job.key]}) + "\n")
-    return Row(**known[job.key])
+            raise SystemExit(f"{job} failed: {done.stderr[-2000:]}")
+        row = done.stdout.splitlines()[-1]
+        print(job.name, job.target, job.seed, row, flush=True)
+        if quick:
+            return Row(**json.loads(row))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_text(job.file, row + "\n")
+    return Row(**json.loads(job.file.read_text()))
 
 
 def tell(method: str, target: str, rows: list[Row], result: _result.Result) -> list[Any]:
