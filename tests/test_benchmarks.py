@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import table1
+from benchmarks import _every, table1, table_every
+from envs.shapes.domain import Shapes
+from rayft.spec import known_algorithms
+from rayft.verdict import Samples
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +89,46 @@ def test_the_shapes_benchmark_runs_and_the_engine_costs_little_beside_the_networ
     assert 0.8 < told["sample/vs_bare"] < 2
     assert told["emd/minutes_50x50"] > 0
     assert 0 < told["emd/power"] < 4
+
+
+@pytest.mark.slow
+def test_every_algorithm_and_guide_has_a_place_in_the_picture(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.optimum", "--all", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "every.json").read_text())
+    for target in _every.TARGETS:
+        for method in _every.methods(target):
+            assert math.isfinite(told[f"reward/{method}/{target}"]) and told[f"calls/{method}/{target}"] > 0
+            assert told.get(f"attained/{method}/{target}", 0) < 1.02
+        assert "<svg" in (tmp_path / f"every_{target}.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", table_every.TASKS)
+def test_the_table_of_domains_runs_one_iteration_of_its_first_row(task):
+    command = [sys.executable, "-m", "benchmarks.table_every", "--quick", "--only", task]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("reward", "valid", "unique", "diversity", "frontier_share"):
+        assert word in done.stdout
+
+
+def test_the_table_of_domains_has_a_config_for_every_algorithm():
+    for row in table_every.QUEUE:
+        assert (ROOT / "tune_configs" / f"{row.name}.yaml").is_file()
+    assert set(table_every.ALGORITHMS) == set(known_algorithms())
+
+
+def test_a_cloud_drawn_again_is_not_unique():
+    rng = np.random.default_rng(0)
+    told = {"kl": np.zeros(64), "groups": None, "undecodable": np.zeros(64), "context": {}}
+    some = rng.normal(size=(64, *Shapes(num_points=48).event_shape)).astype(np.float32)
+    fresh = Samples(rewards=np.zeros(64), x_0=some, metrics={"diversity": 1.0}, **told)
+    again = Samples(rewards=np.zeros(64), x_0=np.repeat(some[:32], 2, 0), metrics={"diversity": 1.0}, **told)
+    distance = table_every.scale(fresh)
+    assert table_every.looked_at(fresh, distance)["unique"] == 1
+    assert table_every.looked_at(again, distance)["unique"] == 0
 
 
 def test_table_1_calls_a_tie_a_tie():

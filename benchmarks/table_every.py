@@ -1,8 +1,8 @@
 """Every algorithm on molecules (QED) and on shapes (helicopters), from the shipped weights, one seed each.
 
-    python -m benchmarks.domains                     works the queue off; a finished run is not run again
-    python -m benchmarks.domains --only shapes       runs whose names contain a word
-    python -m benchmarks.domains --show              prints what is there
+    python -m benchmarks.table_every                     works the queue off; a finished run is not run again
+    python -m benchmarks.table_every --only shapes       runs whose names contain a word
+    python -m benchmarks.table_every --show              prints what is there
 
 A row is a shipped config as it is, but for the size of its last evaluation. valid: of all that was drawn, the share
 that decodes; unique: of the molecules, the share of different ones; of the clouds, the share whose nearest other is not
@@ -29,7 +29,7 @@ from envs.shapes.metrics import boxed
 from rayft import store
 from rayft.verdict import Samples
 
-RUNS, RESULTS = Path("runs/domains"), _result.RESULTS / "domains"
+RUNS, RESULTS = Path("runs/table_every"), _result.RESULTS / "table_every"
 ALGORITHMS = ("rgdm", "rwmle", "ppo", "grpo", "pcl", "forward", "backprop")
 TASKS = {
     "molecules_qed": (2000, 2000),
@@ -74,7 +74,7 @@ def main() -> None:
                 return
             RESULTS.mkdir(parents=True, exist_ok=True)
             store.write_text(row.file, json.dumps(found, indent=1) + "\n")
-    result = _result.Result("domains", tell())
+    result = _result.Result("table_every", tell())
     result.write(_result.folder(told) if result.figures and not told.show else None)
 
 
