@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def work(row: Row, quick: bool) -> dict[str, Any]:
     distance = scale(before) if row.task.startswith("shapes") else None
     found = {"after": looked_at(after, distance), "before": looked_at(before, distance)}
     found["after"] |= {"frontier_share": float(last["evaluate/frontier_share"]), "calls": float(last["reward_calls"])}
+    found = {name: {k: v for k, v in told.items() if math.isfinite(v)} for name, told in found.items()}
     return {**found, "minutes": float(last["time_s"]) / 60, "versions": store.versions()}
 
 

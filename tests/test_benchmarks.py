@@ -110,7 +110,7 @@ def test_the_table_of_domains_runs_one_iteration_of_its_first_row(task):
     command = [sys.executable, "-m", "benchmarks.table_every", "--quick", "--only", task]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for word in ("reward", "valid", "unique", "diversity", "frontier_share"):
+    for word in ("reward", "valid", "unique", "diversity", "minutes"):
         assert word in done.stdout
 
 
