@@ -125,10 +125,10 @@ class Gaussian(Domain):
     rewards: Mapping[str, str] = {"log_ratio": "benchmarks._mixture:LogRatio"}
 
     def schedule(self) -> Schedule:
-        """Even steps of log variance for what is narrow: v_t = 1 - alpha_bar_t (1 - v_0) grows by one factor a step.
+        """Even in the log variance of what is narrow: v_t = 1 - alpha_bar_t (1 - v_0) = v_0^(1 - u) v_T^u, u = t / T.
 
-        Where a mode of variance v is learned, one Gaussian of variance beta_t stands for what narrows by 1 + beta_t / v,
-        so the steps may be as long as x_t is wide.
+        Within a mode of variance v_t the exact transition is narrower than beta_t, by 1 + beta_t / v_t, and a Gaussian
+        of variance beta_t stands for it: that costs least where all steps are as long beside v_t.
         """
         u = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
         return from_alpha_bar((1 - NARROWEST ** (1 - u) * LEFT**u) / (1 - NARROWEST))

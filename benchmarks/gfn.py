@@ -1,9 +1,9 @@
-"""Path consistency over whole chains against torchgfn's trajectory balance: the same targets, steps, chains, iterations.
+"""Path consistency over whole chains against torchgfn's trajectory balance, on its own targets and with its budget.
 
     gap = J* - J = E_p[log p / p_pre - r],    J* = log Z = 0
 
-``--theirs COMMAND`` is run as ``COMMAND TARGET SEED``, once beside each of ours. On its standard input it is told a line
-at a time, and answers each with a number on a line: a count N (train for N iterations; the seconds they took), and at
+``--theirs COMMAND`` is run as ``COMMAND TARGET SEED``, once beside each run of ours. Its standard input tells it a line
+at a time, and it answers each with a number on a line: a count N (N more iterations; the seconds they took), and at
 the end ``gap``. The two train in turns, so that a busy machine is as busy for both. Without it our half alone is told.
 Settings were chosen on seeds 100 to 102; 0 to 2 are told.
 """
@@ -35,10 +35,10 @@ TRAINING: dict[str, Any] = {
     "alpha": 1.0,
     "chains": 200,
     "minibatch_size": 200,
-    "lr": 3e-3,
-    "lr_end": 0.1,
-    "value_lr": 1e-2,
-    "explore": 0.3,
+    "lr": 1e-2,
+    "lr_end": 0.03,
+    "value_lr": 3e-2,
+    "explore": 0.2,
     "explore_end": 0.0,
     "ema": 0.99,
     "target_kl": None,
@@ -161,7 +161,7 @@ def gap(policy: Policy, target: str, paths: int) -> float:
 
 
 def exact(target: str) -> Policy:
-    """The same chain with the target's own E[x_0 | x_t]: what Gaussian transitions reach without being trained for J."""
+    """The same chain with the target's own E[x_0 | x_t], which transitions of this width can hardly do better than."""
     domain = _mixture.Gaussian()
     denoiser = _mixture.Exact(_mixture.TARGETS[target], domain.schedule())
     return Policy(denoiser, reverse_process(domain.schedule()), domain.space, denoiser.prediction)

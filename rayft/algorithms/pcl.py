@@ -46,8 +46,8 @@ class PCLSettings(Settings):
     explore: ShareOrAll = 0.0
     """Share of an iteration's chains that the pretrained model draws: it still knows the modes that a policy left."""
     explore_end: ShareOrAll = 1.0
-    """Share of ``explore`` that is left at the last of a run's iterations; it falls there as ``lr`` does. What the policy
-    nearly is by then, its own chains tell more exactly."""
+    """Share of ``explore`` that is left at the last of a run's iterations; it falls there as ``lr`` does. Its own
+    chains then tell it more exactly what it lacks."""
     replay: CountOrZero = 0
     """Older chains that are learned from beside those of an iteration."""
     replay_size: Count = 4096
