@@ -139,9 +139,9 @@ class DiffusionRL(Algorithm):
         """
         num_runners, (number, num_pieces) = max(1, self.config.num_env_runners), piece
         sizes = [len(part) for part in np.array_split(np.arange(num_chains), num_runners * num_pieces)]
-        iteration = self.iteration if iteration is None else iteration
-        shared = {"draw": draw, "iteration": iteration, "purpose": purpose, "which": which}
-        shared |= {"settings": self.draw_settings(iteration)}
+        when: int = self.iteration if iteration is None else iteration
+        shared = {"draw": draw, "iteration": when, "purpose": purpose, "which": which}
+        shared |= {"settings": self.draw_settings(when)}
         parts = range(number * num_runners, (number + 1) * num_runners)
         calls = [{**shared, "part": part, "num_chains": sizes[part]} for part in parts]
         self.counts["chains"] += sum(call["num_chains"] for call in calls)
