@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 from collections.abc import Mapping
@@ -44,9 +45,15 @@ def check(section: str, cls: type[T], values: Mapping[str, Any]) -> T:
         if key not in names:
             raise ValueError(f"{section} has no key {key!r}{nearest(key, names)}; it has {', '.join(names)}")
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return _adapter(cls).validate_python(dict(values))
     except ValidationError as error:
         raise ValueError(sentence(section, error)) from None
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    """Made once for each section: that takes milliseconds, and sections are read in every iteration."""
+    return TypeAdapter(cls)
 
 
 def sentence(section: str, error: ValidationError) -> str:

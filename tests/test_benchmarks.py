@@ -67,6 +67,21 @@ def test_truncated_backpropagation_holds_as_much_for_long_chains_as_for_short_on
 
 
 @pytest.mark.slow
+def test_the_mixture_benchmark_trains_in_turns_with_whatever_it_is_told(tmp_path: Path):
+    other = tmp_path / "other.py"
+    other.write_text(
+        "for line in open(0):\n    print(0.25 if line.strip() == 'gap' else int(line) / 100, flush=True)\n"
+    )
+    told = figures("gfn", tmp_path, "--theirs", f"{sys.executable} {other}")
+    assert told["torchgfn/elbo_gap_theirs"] == 0.25
+    assert told["torchgfn/ms_theirs"] == pytest.approx(10)
+    assert told["torchgfn/time_ratio"] > 0
+    assert told["torchgfn/elbo_gap_exact"] == pytest.approx(0.075, abs=0.03)
+    assert told["torchgfn/elbo_gap_exact/default"] == pytest.approx(0.165, abs=0.05)
+    assert told["torchgfn/elbo_gap_ours"] > 0
+
+
+@pytest.mark.slow
 def test_the_pay_off_benchmark_runs_and_a_sweep_pays_once(tmp_path: Path):
     told = figures("rgdm", tmp_path)
     assert told["sweep/reward_calls_ratio"] == pytest.approx(1.0, abs=0.01)

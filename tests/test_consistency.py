@@ -103,6 +103,24 @@ def test_older_chains_are_learned_from_again_and_the_oldest_are_let_go(ray_sessi
     again.stop()
 
 
+def test_fewer_explorers_are_drawn_towards_an_end_that_is_known(ray_session):
+    algo = small(explore=0.5, explore_end=0.0).build_algo()
+
+    def explorers():
+        """Chains that are the pretrained model's: their KL to it is 0."""
+        return int((algo.draw_scored(algo.iteration)[0].draw.chains.columns["kl"] == 0).all(0).sum())
+
+    algo.train()  # from here on the policy is another
+    assert explorers() == 8  # whose run it is does not know when it ends
+    algo.horizon = 5
+    assert [algo.draw_settings(i)["explore"] for i in range(5)] == pytest.approx(
+        [0.5, 0.4268, 0.25, 0.0732, 0], abs=1e-4
+    )
+    algo.train()
+    assert explorers() == 4
+    algo.stop()
+
+
 def test_the_trust_region_pulls_the_policy_back_and_leaves_the_value_network_alone(ray_session):
     algo = small(lr=0.05, target_kl=0.1, value_lr=1e-2).build_algo()
     told = algo.train()["learners"]["default_policy"]

@@ -139,9 +139,9 @@ class DiffusionRL(Algorithm):
         """
         num_runners, (number, num_pieces) = max(1, self.config.num_env_runners), piece
         sizes = [len(part) for part in np.array_split(np.arange(num_chains), num_runners * num_pieces)]
-        settings = {name: getattr(self.settings, name) for name in vars(self.settings)}
-        iteration = self.iteration if iteration is None else iteration
-        shared = {"draw": draw, "iteration": iteration, "purpose": purpose, "which": which, "settings": settings}
+        when: int = self.iteration if iteration is None else iteration
+        shared = {"draw": draw, "iteration": when, "purpose": purpose, "which": which}
+        shared |= {"settings": self.draw_settings(when)}
         parts = range(number * num_runners, (number + 1) * num_runners)
         calls = [{**shared, "part": part, "num_chains": sizes[part]} for part in parts]
         self.counts["chains"] += sum(call["num_chains"] for call in calls)
@@ -152,6 +152,10 @@ class DiffusionRL(Algorithm):
         parts, statistics = gather(self.env_runner_group, calls, self._heal)
         self.metrics.aggregate(statistics, key=ENV_RUNNER_RESULTS)
         return join(parts)
+
+    def draw_settings(self, iteration: int) -> dict[str, Any]:
+        """What a draw may read of the settings, as they are in that iteration."""
+        return dict(vars(self.settings))
 
     def _heal(self) -> None:
         self.restore_env_runners(self.env_runner_group)
@@ -197,11 +201,14 @@ class DiffusionRL(Algorithm):
 
     def lr(self) -> float:
         """This iteration's step size: ``training.lr``, or less where it falls and the last iteration is known."""
-        lr, end = self.settings.lr, self.settings.lr_end
+        return self.settings.lr * self.left(self.settings.lr_end, self.iteration)
+
+    def left(self, end: float, iteration: int) -> float:
+        """Share that is left, in an iteration, of what falls to a share ``end`` along half a cosine."""
         if self.horizon is None:
-            return lr
-        done = min(self.iteration / max(self.horizon - 1, 1), 1.0)
-        return lr * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
+            return 1.0
+        done = min(iteration / max(self.horizon - 1, 1), 1.0)
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
 
     def sync(self) -> None:
         """Weights from the learners to every runner, the local one included; returns when all have them.

@@ -45,6 +45,9 @@ class PCLSettings(Settings):
     """AdamW's step size for the value network; it falls as ``lr`` does."""
     explore: ShareOrAll = 0.0
     """Share of an iteration's chains that the pretrained model draws: it still knows the modes that a policy left."""
+    explore_end: ShareOrAll = 1.0
+    """Share of ``explore`` that is left at the last of a run's iterations; it falls there as ``lr`` does. Its own
+    chains then tell it more exactly what it lacks."""
     replay: CountOrZero = 0
     """Older chains that are learned from beside those of an iteration."""
     replay_size: Count = 4096
@@ -127,6 +130,10 @@ class PCL(ChainRL):
 
     def draw_function(self) -> DrawFunction:
         return draw_mixed
+
+    def draw_settings(self, iteration: int) -> dict[str, Any]:
+        told = super().draw_settings(iteration)
+        return told | {"explore": told["explore"] * self.left(self.settings.explore_end, iteration)}
 
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
         chains, sigma = draw.chains, self.env_runner.module.process.sigma.numpy()[1:]
