@@ -116,18 +116,30 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """What it came to. ``kl`` and ``attained`` are missing where a method has no density."""
+    """What it came to. ``kl`` and ``objective``, J, are missing where a method has no density."""
 
     reward: float
     kl: float | None
-    attained: float | None
+    objective: float | None
     seconds: float
     calls: int
     memory_mb: float
 
 
+@dataclass(frozen=True)
+class Known:
+    """E_pre[r], J*, and the J of the best Gaussian transitions that a search from mu_pre finds."""
+
+    base: float
+    optimum: float
+    ceiling: float
+
+    def share(self, objective: float) -> float:
+        return (objective - self.base) / (self.optimum - self.base)
+
+
 class Ground:
-    """The pretrained toy and what is known of a target without training: J*, E_pre[r], the ceiling."""
+    """The pretrained toy, its rewards, and what is known of a target without training: E_pre[r], J*, the ceiling."""
 
     def __init__(self, name: str, pretrained: int = PRETRAINED) -> None:
         domain, self.target = domains.build("toy", {}), TARGETS[name]
@@ -136,7 +148,6 @@ class Ground:
         drawn = (self.chains(self.reference, n, "pretrained").x_0 for n in range(pretrained // BATCH))
         parts = [self.target.value(x_0) for x_0 in drawn]
         self.rewards = torch.cat(parts).double().numpy()
-        self.base, self.optimum = float(self.rewards.mean()), evaluate.optimum(self.rewards, self.target.alpha)
 
     def chains(self, policy: Policy, batch: int, purpose: str) -> Any:
         """The same x_T and the same noise for every policy."""
@@ -144,14 +155,11 @@ class Ground:
         x_T = torch.randn(BATCH, 2, generator=generator)  # noqa: N806
         return sample(policy, x_T, {}, generator, reference=self.reference)
 
-    def share(self, objective: float) -> float:
-        return (objective - self.base) / (self.optimum - self.base)
-
     def measure(self, policy: Policy, num: int) -> tuple[float, float, float]:
-        """(reward, KL, attained); J by the sampled log-ratio, whose scatter nearly cancels the reward's near p*."""
+        """(reward, KL, J); J by the sampled log-ratio, whose scatter nearly cancels the reward's near p*."""
         told = np.mean([self._batch(policy, batch) for batch in range(max(num // BATCH, 1))], axis=0)
         reward, kl, log_ratio = told.tolist()
-        return reward, kl, self.share(reward - self.target.alpha * log_ratio)
+        return reward, kl, reward - self.target.alpha * log_ratio
 
     def _batch(self, policy: Policy, batch: int) -> list[float]:
         chains, before = self.chains(policy, batch, "evaluate"), torch.zeros(BATCH)
@@ -161,11 +169,13 @@ class Ground:
         told = (self.target.value(chains.x_0), chains.columns["kl"].sum(0), chains.columns["log_prob"].sum(0) - before)
         return [float(value.double().mean()) for value in told]
 
-    def ceiling(self) -> float:
-        """The share of the best Gaussian transitions that a search from mu_pre finds."""
+    def known(self, quick: bool) -> Known:
+        """Solved on a grid; with ``quick`` read off the rewards, and no ceiling."""
+        if quick:
+            return Known(float(self.rewards.mean()), evaluate.optimum(self.rewards, self.target.alpha), math.nan)
         plane = _ceiling.Plane(self.reference, self.target.spacing, reward=self.target.value)
-        base = plane.expected(self.target.value(plane.points))
-        return (plane.ceiling(self.target.alpha) - base) / (plane.optimum(self.target.alpha) - base)
+        base, alpha = plane.expected(self.target.value(plane.points)), self.target.alpha
+        return Known(base, plane.optimum(alpha), plane.ceiling(alpha))
 
 
 # -- one job, in its own process
@@ -180,8 +190,8 @@ def work(job: Job, quick: bool) -> Row:
         return guided(job, ground, before)
     policy, seconds, calls = train(job, quick)
     memory = _peak() - before
-    reward, kl, attained = ground.measure(policy, num)
-    return Row(reward, kl, attained, seconds, calls, memory)
+    reward, kl, objective = ground.measure(policy, num)
+    return Row(reward, kl, objective, seconds, calls, memory)
 
 
 def guided(job: Job, ground: Ground, before: float) -> Row:
@@ -190,14 +200,14 @@ def guided(job: Job, ground: Ground, before: float) -> Row:
     found, seconds, calls = _guided.guided(job.name, ground.target.reward, ground.target.alpha, job.seed, **told)
     memory = _peak() - before
     if isinstance(found, Policy):
-        reward, kl, attained = ground.measure(found, BATCH)
-        return Row(reward, kl, attained, seconds, calls, memory)
+        reward, kl, objective = ground.measure(found, BATCH)
+        return Row(reward, kl, objective, seconds, calls, memory)
     reward = float(ground.target.value(found).mean())
     if job.name != "best_of_n":
         return Row(reward, None, None, seconds, calls, memory)
     num = calls / len(found)
     kl = math.log(num) - (num - 1) / num
-    return Row(reward, kl, ground.share(reward - ground.target.alpha * kl), seconds, calls, memory)
+    return Row(reward, kl, reward - ground.target.alpha * kl, seconds, calls, memory)
 
 
 def train(job: Job, quick: bool) -> tuple[Policy, float, int]:
@@ -238,19 +248,25 @@ def main(told: argparse.Namespace) -> None:
     """Works the jobs off, one seed after the other, tells a table for each target, and draws the frontiers."""
     seeds = tuple(told.seeds or ((0,) if told.quick else SEEDS))
     result, folder = _result.Result("every"), _result.folder(told)
-    done = {job: finished(job, told.quick) for job in jobs(seeds)}
+    asked = [job for job in jobs(seeds) if not told.show or job.file.is_file()]
+    done = {job: finished(job, told.quick) for job in asked}
     for name, target in TARGETS.items():
+        if not any(job.target == name for job in done):
+            continue
         ground = Ground(name, BATCH if told.quick else PRETRAINED)
         frontier, points, lines = evaluate.frontier(ground.rewards), [], []
+        known = ground.known(told.quick)
         if not told.quick:
-            result.figures[f"ceiling/{name}"] = _result.Figure(ground.ceiling())
+            result.figures[f"ceiling/{name}"] = _result.Figure(known.share(known.ceiling))
         for method in methods(name):
             rows = [row for job, row in done.items() if (job.name, job.target) == (method, name)]
-            lines.append(tell(method, name, rows, result))
+            if not rows:
+                continue
+            lines.append(tell(method, name, rows, known, result))
             point = _mean(rows, "kl"), _mean(rows, "reward")
             points += [] if math.isnan(point[0]) else [_picture.Point(method, *point)]
-        headings = ("", "attained", "reward", "KL", "seconds", "calls", "MB")
-        _result.show(f"{name}, alpha {target.alpha}", headings, lines, _caption(name, ground, result))
+        headings = ("", "seeds", "attained", "reward", "KL", "seconds", "calls", "MB")
+        _result.show(f"{name}, alpha {target.alpha}", headings, lines, _caption(name, known, result))
         if folder is not None:
             _picture.write(folder / f"every_{name}.svg", f"The toy, {name}: reward against KL", frontier, points)
     result.write(folder)
@@ -284,26 +300,26 @@ def finished(job: Job, quick: bool) -> Row:
     return Row(**json.loads(job.file.read_text()))
 
 
-def tell(method: str, target: str, rows: list[Row], result: _result.Result) -> list[Any]:
+def tell(method: str, target: str, rows: list[Row], known: Known, result: _result.Result) -> list[Any]:
     """One line of the table and its figures."""
-    shares = [row.attained for row in rows if row.attained is not None]
+    shares = [known.share(row.objective) for row in rows if row.objective is not None]
     if shares:
         result.figures[f"attained/{method}/{target}"] = _result.over_seeds(shares)
     for name in ("reward", "seconds", "calls", "memory_mb"):
         result.figures[f"{name}/{method}/{target}"] = _result.Figure(_mean(rows, name))
     share = str(result.figures[f"attained/{method}/{target}"]) if shares else "no density"
     numbers = [_mean(rows, name) for name in ("reward", "kl", "seconds")]
-    return [method, share, *numbers, f"{_mean(rows, 'calls'):,.0f}", f"{_mean(rows, 'memory_mb'):.0f}"]
+    return [method, len(rows), share, *numbers, f"{_mean(rows, 'calls'):,.0f}", f"{_mean(rows, 'memory_mb'):.0f}"]
 
 
 def _mean(rows: list[Row], name: str) -> float:
-    known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-    return float(np.mean(known)) if known else math.nan
+    told = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+    return float(np.mean(told)) if told else math.nan
 
 
-def _caption(name: str, ground: Ground, result: _result.Result) -> str:
+def _caption(name: str, known: Known, result: _result.Result) -> str:
     ceiling = result.figures.get(f"ceiling/{name}")
-    told = f"E_pre[r] {ground.base:.4f}, J* {ground.optimum:.4f}"
+    told = f"E_pre[r] {known.base:.4f}, J* {known.optimum:.4f}"
     return told if ceiling is None else f"{told}; ceiling of Gaussian transitions {ceiling}"
 
 

@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, help="file that keeps finished runs: start again and it goes on")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than 0 to 4")
     parser.add_argument("--all", action="store_true", help="every algorithm and guide on two targets; see _every.py")
+    parser.add_argument("--show", action="store_true", help="with --all: tells what is there, runs nothing")
     parser.add_argument("--grid", action="store_true", help="RGDM's grid alone; the picture stays as it is")
     told = parser.parse_args()
     torch.set_num_threads(1)
