@@ -39,7 +39,7 @@ shapes: install
 	$(BIN)/python -m envs.shapes.generated runs/shapes_meshes
 	$(BIN)/rayft pretrain shapes_pretrain domain.data=runs/shapes_meshes pretrain.steps=1000 name=shapes_model
 	$(BIN)/rayft run shapes_helicopter_rgdm name=shapes_demo domain.data=runs/shapes_meshes \
-		domain.weights=runs/shapes_model/weights.safetensors iterations=4 evaluate.every=0
+		domain.weights=runs/shapes_model/weights.safetensors iterations=4 evaluate.every=0 training.lr=4e-4
 
 table1: install
 	$(BIN)/python -m benchmarks.table1 $(if $(DATA),--data $(DATA))

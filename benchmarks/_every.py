@@ -96,7 +96,7 @@ FITTED = {"chains": 16384, "steps": 6000}  # a value of the stripes
 GUIDES: dict[str, dict[str, dict[str, Any]]] = {
     "quadratic": {name: {} for name in ("mc", "soft_q", "tweedie", "path_integral", "smc", "best_of_n")},
     "stripes": {"mc": FITTED, "soft_q": FITTED, "path_integral": {}, "smc": {}, "best_of_n": {}},
-    "narrow": {"mc": FITTED, "soft_q": FITTED, "smc": {}, "best_of_n": {}},
+    "narrow": {"smc": {}, "best_of_n": {}},  # mc and soft_q refuse: no value can be fitted
 }
 NARROW = ("pcl_pieces", "ppo", "rwmle", "backprop", *GUIDES["narrow"])  # of all, what is tried there
 

@@ -37,13 +37,13 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor, nn
 
 from benchmarks import _result
-from rayft.algorithms.base import Credit
 from rayft.algorithms.ppo import PPOConfig
 from rayft.bench import Bench
 from rayft.chain import sample
 from rayft.domain import Denoiser, Domain
 from rayft.draws import Draw, draw_current
 from rayft.reward import Reward
+from rayft.rl.near import Credit
 from rayft.schedule import Schedule, linear
 from rayft.seeds import numpy_generator, torch_generator
 

@@ -9,10 +9,11 @@ pair of tables covers all three:    mu_theta = keep[t] x_t + gain[t] network(x_t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -242,6 +243,16 @@ class Chains:
     def keep(self, *names: str) -> Chains:
         """The same transitions with only these columns: what is not read need not travel."""
         return replace(self, columns={name: self.columns[name] for name in names})
+
+    @staticmethod
+    def join(parts: Sequence[Chains]) -> Chains:
+        """Side by side (numpy)."""
+        if len(parts) == 1:
+            return parts[0]
+        x, t = np.concatenate([p.x for p in parts], axis=1), np.concatenate([p.t for p in parts], axis=1)
+        context = {k: np.concatenate([p.context[k] for p in parts]) for k in parts[0].context}
+        columns = {k: np.concatenate([p.columns[k] for p in parts], axis=1) for k in parts[0].columns}
+        return Chains(x, t, context, columns)
 
     def numpy(self) -> Chains:
         return self.map(lambda a: a.detach().cpu().numpy())

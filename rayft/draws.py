@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from rayft.bench import Bench
@@ -16,19 +17,32 @@ from rayft.chain import Chains, sample, sample_roll_in
 
 
 @dataclass(frozen=True)
+class Afar:
+    """Chains that stay with the runners that drew them, part by part; who learns from them reads them there."""
+
+    refs: list[Any]
+    calls: list[dict[str, Any]]  # what each was asked for: a lost one is drawn again
+
+
+@dataclass(frozen=True)
 class Draw:
     """Transitions, and the events to score with their contexts; event i may stand for many rows."""
 
-    chains: Chains
+    chains: Any  # Chains; Afar; None where nobody will read them
     events: Any  # [event, *shape]
     context: dict[str, Any]
+    kl: Any = None  # [chain], to the pretrained model, of whole chains
 
     def numpy(self) -> Draw:
+        """On the CPU, each chain's KL added up."""
         as_numpy = {k: v.cpu().numpy() for k, v in self.context.items()}
-        return Draw(self.chains.numpy(), self.events.cpu().numpy(), as_numpy)
+        chains = self.chains.numpy()
+        kl = chains.columns["kl"].sum(0) if "kl" in chains.columns else None
+        return Draw(chains, self.events.cpu().numpy(), as_numpy, kl)
 
 
 DrawFunction = Callable[[Bench, int, torch.Generator, Mapping[str, Any]], Draw]
+Fate = Literal["sent", "stay", "dropped"]  # of a draw's chains, where the runner is remote
 
 
 def draw_current(bench: Bench, num_chains: int, generator: torch.Generator, settings: Mapping[str, Any]) -> Draw:
@@ -102,13 +116,16 @@ def draw_roll_in(bench: Bench, num_chains: int, generator: torch.Generator, sett
 
 def join(draws: list[Draw]) -> Draw:
     """Several runners' draws as one, chains side by side in the order given (numpy)."""
-    import numpy as np
-
     if len(draws) == 1:
         return draws[0]
-    chains = [draw.chains for draw in draws]
-    columns = {k: np.concatenate([c.columns[k] for c in chains], axis=1) for k in chains[0].columns}
-    context = {k: np.concatenate([c.context[k] for c in chains]) for k in chains[0].context}
-    x, t = np.concatenate([c.x for c in chains], axis=1), np.concatenate([c.t for c in chains], axis=1)
-    scored = {k: np.concatenate([d.context[k] for d in draws]) for k in draws[0].context}
-    return Draw(Chains(x, t, context, columns), np.concatenate([d.events for d in draws]), scored)
+    context = {k: np.concatenate([draw.context[k] for draw in draws]) for k in draws[0].context}
+    kl = None if draws[0].kl is None else np.concatenate([draw.kl for draw in draws])
+    return Draw(_joined([d.chains for d in draws]), np.concatenate([d.events for d in draws]), context, kl)
+
+
+def _joined(parts: list[Any]) -> Any:
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], Afar):
+        return Afar([ref for part in parts for ref in part.refs], [call for part in parts for call in part.calls])
+    return Chains.join(parts)

@@ -119,15 +119,15 @@ def known_mean(values: np.ndarray) -> float:
 
 
 def remember(domain: Domain, draw: Draw, scores: Scores) -> Samples:
-    """The part of a draw of whole chains that a verdict needs; lets go of the chains."""
-    context = draw.chains.context
+    """The part of a draw that a verdict needs; its chains are not looked at."""
+    context = draw.context
     groups: Any = domain.groups({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in context.items()})
     kept = Samples(
         rewards=scores.rewards,
-        kl=draw.chains.columns["kl"].sum(0).astype(np.float64),
+        kl=draw.kl.astype(np.float64),
         groups=None if groups is None else groups.numpy(),
         undecodable=scores.undecodable,
-        x_0=np.ascontiguousarray(draw.chains.x_0[:NUM_KEPT]),
+        x_0=np.ascontiguousarray(draw.events[:NUM_KEPT]),
         context={k: v[:NUM_KEPT] for k, v in context.items()},
         beside={
             **{f"part/{name}": column for name, column in scores.parts.items() if len(scores.parts) > 1},

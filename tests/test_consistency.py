@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rayft import losses
-from rayft.algorithms.pcl import Kept, PCLConfig
+from rayft.algorithms.pcl import Kept, PCLConfig, pieces
 from rayft.chain import Policy, reverse_process, sample
 from rayft.schedule import linear
 from rayft.space import FullSpace
@@ -71,9 +71,9 @@ def test_before_the_first_step_the_policy_is_the_reference_and_the_value_is_0(al
     assert (out["value_end"][~last] == 0).all()
 
 
-def test_pieces_follow_each_other_and_cover_the_chain(algo):
+def test_pieces_follow_each_other_and_cover_the_chain():
     x = np.arange(9 * 3 * 2, dtype=np.float32).reshape(9, 3, 2)
-    found = algo.rows(Kept(x, np.arange(24, dtype=np.float32).reshape(8, 3), np.zeros(3), {}))
+    found = pieces(Kept(x, np.arange(24, dtype=np.float32).reshape(8, 3), np.zeros(3), {}), 4)
     assert found.t.tolist() == [[4, 4, 4, 8, 8, 8]]
     path = found.columns["path"][0]
     for piece, (start, chain) in enumerate((s, c) for s in (4, 8) for c in range(3)):
@@ -81,9 +81,9 @@ def test_pieces_follow_each_other_and_cover_the_chain(algo):
     assert found.columns["log_ref"].tolist() == [np.arange(24).reshape(2, 4, 3).sum(1).ravel().tolist()]
 
 
-def test_chains_whose_reward_failed_weigh_nothing(algo):
+def test_chains_whose_reward_failed_weigh_nothing():
     kept = Kept(np.zeros((9, 3, 2), np.float32), np.zeros((8, 3), np.float32), np.array([1.0, np.nan, 2.0]), {})
-    alive = algo.rows(kept).columns["alive"][0]
+    alive = pieces(kept, 4).columns["alive"][0]
     assert alive.tolist() == pytest.approx([1.5, 0, 1.5, 1.5, 0, 1.5])
 
 

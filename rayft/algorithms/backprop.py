@@ -17,12 +17,13 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
 from rayft import reward
-from rayft.algorithms.base import Credit, DiffusionRL, spoken
+from rayft.algorithms.base import DiffusionRL, spoken
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.draws import draw_current, draw_starts
 from rayft.pathwise import Cut, climb
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.module import DTYPES
+from rayft.rl.near import Credit
 from rayft.seeds import numpy_generator, torch_generator
 from rayft.settings import Count, CountOrZero, NonNegative, Positive
 from rayft.surrogate import Seen, Surrogate
@@ -119,9 +120,9 @@ class Backprop(DiffusionRL):
 
     def study(self) -> dict[str, float]:
         """One round of the surrogate: score what the policy draws now, fit on all of it, tell the learners."""
-        draw = self.collect("study", draw_current, self.settings.surrogate_chains)
+        draw = self.collect("study", draw_current, self.settings.surrogate_chains, chains="dropped")
         scores = self.score(draw)
-        self.seen.append(Seen(draw.chains.x_0, scores.rewards, dict(draw.chains.context)))
+        self.seen.append(Seen(draw.events, scores.rewards, dict(draw.context)))
         generator = torch_generator(self.config.seed or 0, self.iteration, "surrogate")
         gap = self.surrogate.fit(self.seen, self.settings.surrogate_steps, generator)
         state = self.surrogate.numpy()

@@ -12,7 +12,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +36,12 @@ from rayft import adapt
 from rayft.algorithms.config import DiffusionConfig
 from rayft.chain import Chains
 from rayft.domain import Domain
-from rayft.draws import Draw, DrawFunction, draw_current, draw_pretrained, join
+from rayft.draws import Draw, DrawFunction, Fate, draw_current, draw_pretrained, join
 from rayft.rewards.service import RewardService
 from rayft.rl.gather import gather
+from rayft.rl.near import Credit
 from rayft.score import Scores
 from rayft.verdict import Samples, Verdict, judge, known_mean, remember
-
-
-@dataclass(frozen=True)
-class Credit:
-    """What learners get: transitions with their columns, a few scalars, and what credit wants logged."""
-
-    chains: Chains
-    scalars: dict[str, float] = field(default_factory=dict)
-    logged: dict[str, float] = field(default_factory=dict)
 
 
 def spoken(rewards: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -97,6 +88,7 @@ class DiffusionRL(Algorithm):
         self.verdict: Verdict | None = None
         self.counts = {"reward_calls": 0, "cache_hits": 0, "failed": 0, "chains": 0}
         self.horizon: int | None = None  # the last iteration, where somebody knows it
+        self.synced = 0  # times that remote runners have been given weights
 
     def cleanup(self) -> None:
         if hasattr(self, "rewards"):
@@ -132,10 +124,12 @@ class DiffusionRL(Algorithm):
         which: str = "current",
         iteration: int | None = None,
         piece: tuple[int, int] = (0, 1),
+        chains: Fate = "sent",
     ) -> Draw:
         """One draw (or one piece of it: number, of how many), made in parts by the runners.
 
-        A part lost with its runner is drawn again by another: same bits.
+        A part lost with its runner is drawn again by another: same bits. ``chains`` says where those of remote runners
+        are left.
         """
         num_runners, (number, num_pieces) = max(1, self.config.num_env_runners), piece
         sizes = [len(part) for part in np.array_split(np.arange(num_chains), num_runners * num_pieces)]
@@ -149,6 +143,11 @@ class DiffusionRL(Algorithm):
             drawn = join([self.env_runner.sample(**call) for call in calls])
             self.metrics.aggregate([self.env_runner.get_metrics()], key=ENV_RUNNER_RESULTS)
             return drawn
+        return self.gather([{**call, "chains": chains} for call in calls])
+
+    def gather(self, calls: list[dict[str, Any]]) -> Draw:
+        """What remote runners draw, called so, with the weights that they have been given last."""
+        calls = [{**call, "synced": self.synced} for call in calls]
         parts, statistics = gather(self.env_runner_group, calls, self._heal)
         self.metrics.aggregate(statistics, key=ENV_RUNNER_RESULTS)
         return join(parts)
@@ -159,7 +158,7 @@ class DiffusionRL(Algorithm):
 
     def _heal(self) -> None:
         self.restore_env_runners(self.env_runner_group)
-        self.sync()
+        self._hand_out()
 
     def score(self, draw: Draw, purpose: str = "train", watch: bool = False) -> Scores:
         """Rewards of the draw's events, counted. Only training follows a curriculum: J and J* are of one reward."""
@@ -194,7 +193,8 @@ class DiffusionRL(Algorithm):
             batch: Any = credit.chains  # RLlib's annotation wants its own batch; ours goes through untouched
             results = self.learner_group.update(training_data=TrainingData(batch=batch), **told)
         else:
-            refs = [ray.put(credit.chains)] * self.config.num_learners
+            here = isinstance(credit.chains, Chains)
+            refs = [ray.put(credit.chains)] * self.config.num_learners if here else credit.chains
             results = self.learner_group.update(batch_refs=refs, **told)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
         return {}
@@ -215,12 +215,16 @@ class DiffusionRL(Algorithm):
 
         RLlib's own ``sync_weights`` drops what it is given while a runner still works on the weights before.
         """
+        self.synced += 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
         path = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
         state = self.learner_group.get_state(components=[path], inference_only=True)[COMPONENT_LEARNER]
         state = {key: state[key] for key in (COMPONENT_RL_MODULE, WEIGHTS_SEQ_NO) if key in state}
         self.env_runner.set_state(state)
         if self.config.num_env_runners:
-            told = {"state": ray.put(state)}
+            told = {"state": ray.put({**state, "synced": self.synced})}  # travels to each node once
             self.env_runner_group.foreach_env_runner("set_state", kwargs=told, local_env_runner=False)
 
     # -- how near the optimum
@@ -230,7 +234,8 @@ class DiffusionRL(Algorithm):
         if not self.rolls_out:
             self.sync()
         which = "ema" if self.settings.ema else "current"
-        draw = self.collect("evaluate", draw_current, self.config.section("evaluate").chains, which=which)
+        chains = self.config.section("evaluate").chains
+        draw = self.collect("evaluate", draw_current, chains, which=which, chains="dropped")
         policy = remember(self.domain, draw, self.score(draw, "evaluate", watch=True))
         self.verdict = judge(self.draw_pretrained(), policy, self.config.evaluation_alpha())
         for name, value in self.verdict.scalars().items():
@@ -240,7 +245,8 @@ class DiffusionRL(Algorithm):
     def draw_pretrained(self) -> Samples:
         """Samples of the pretrained model, drawn and scored once in a run."""
         if self.pretrained is None:
-            draw = self.collect("pretrained", draw_pretrained, self.config.section("evaluate").pretrained_chains)
+            chains = self.config.section("evaluate").pretrained_chains
+            draw = self.collect("pretrained", draw_pretrained, chains, chains="dropped")
             self.pretrained = remember(self.domain, draw, self.score(draw, "pretrained", watch=True))
         return self.pretrained
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from rayft import credit, losses
-from rayft.algorithms.base import Credit
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.chain import Chains, reverse_process
-from rayft.draws import Draw, DrawFunction, draw_events
+from rayft.draws import Draw, DrawFunction, Fate, draw_events
 from rayft.payoff.pairs import place
 from rayft.payoff.reading import TimestepWeight, timestep_factor
 from rayft.rl.learner import DiffusionLearner
+from rayft.rl.near import Credit
 from rayft.seeds import torch_generator
 from rayft.settings import Count, NonNegative, Positive
 
@@ -70,13 +70,16 @@ class Forward(ChainRL):
     def draw_function(self) -> DrawFunction:
         return draw_events
 
+    def fate(self) -> Fate:
+        return "dropped"
+
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
         advantage, scale = credit.advantage(rewards[None])
         share = np.clip(1 + advantage[0], 0.0, 1 + self.settings.advantage_clip)
         known = np.flatnonzero(np.isfinite(rewards))
         if not len(known):
             raise ValueError("every reward of this iteration has failed, and there is nothing to learn from")
-        told = {k: v[known] for k, v in draw.chains.context.items()}
+        told = {k: v[known] for k, v in draw.context.items()}
         chains = self.noised(np.asarray(draw.events)[known], share[known], told)
         kl_weight = self.settings.alpha / max(scale, credit.NO_SPREAD)
         return Credit(chains, {"kl_weight": kl_weight}, {"advantage_scale": scale})

@@ -9,13 +9,12 @@ out, and no value network is needed. Loss and KL are PPO's (ppo.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
-
-import numpy as np
 
 from rayft import credit
 from rayft.algorithms.config import DiffusionConfig
-from rayft.algorithms.ppo import PPO, PPOLearner, PPOSettings
+from rayft.algorithms.ppo import PPO, Advantage, PPOLearner, PPOSettings
 from rayft.draws import DrawFunction, draw_grouped
 from rayft.settings import Count
 
@@ -43,8 +42,9 @@ class GRPO(PPO):
     def draw_function(self) -> DrawFunction:
         return draw_grouped
 
-    def advantage(self, returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return credit.group_advantage(returns, self.settings.group_size, self.settings.scale == "group")
+    def advantage_of(self) -> Advantage:
+        told = {"size": self.settings.group_size, "own_scale": self.settings.scale == "group"}
+        return partial(credit.group_advantage, **told)
 
 
 class GRPOConfig(DiffusionConfig):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
 from rayft import credit, losses
-from rayft.algorithms.base import Credit
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.chain import Chains
-from rayft.draws import Draw, DrawFunction, draw_mixed
+from rayft.draws import Draw, DrawFunction, Fate, draw_mixed
 from rayft.rl.learner import DiffusionLearner
+from rayft.rl.near import Credit
 from rayft.seeds import numpy_generator
 from rayft.settings import Count, CountOrZero, Positive, ShareOrAll
 from rayft.space import squared_norm
@@ -135,34 +136,22 @@ class PCL(ChainRL):
         told = super().draw_settings(iteration)
         return told | {"explore": told["explore"] * self.left(self.settings.explore_end, iteration)}
 
-    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        chains, sigma = draw.chains, self.env_runner.module.process.sigma.numpy()[1:]
-        gap = chains.x[:-1] - chains.columns["mean_ref"]
-        square = np.square(gap).reshape(*gap.shape[:2], -1).sum(-1)
-        log_ref = (-square / (2 * sigma[:, None] ** 2)).astype(square.dtype)
-        fresh = Kept(chains.x, log_ref, rewards, dict(chains.context))
-        return Credit(self.rows(Kept.join([fresh, *self.replayed()])), {}, self.keep(fresh))
+    def fate(self) -> Fate:
+        """The replay is the driver's own, so that no lost runner takes chains with it: they are sent to be kept."""
+        return "sent" if self.settings.replay else super().fate()
 
-    def rows(self, found: Kept) -> Chains:
-        """Chains in pieces that follow each other."""
-        num_steps, num = found.log_ref.shape
-        length = self.settings.steps or num_steps
-        starts = np.arange(length, num_steps + 1, length)  # t of each piece's first event
-        path = np.stack(
-            [found.x[start - length : start + 1][::-1] for start in starts], 1
-        )  # [length + 1, piece, chain]
-        log_ref = np.stack([found.log_ref[start - length : start].sum(0) for start in starts])
-        path = np.moveaxis(path, 0, 2).reshape(1, -1, length + 1, *found.x.shape[2:])
-        told = {"reward": np.nan_to_num(found.rewards), "alive": credit.alive(found.rewards)}
-        columns = {k: np.tile(v, len(starts)).astype(found.x.dtype)[None] for k, v in told.items()}
-        columns |= {"path": path, "log_ref": log_ref.reshape(1, -1).astype(found.x.dtype)}
-        context = {k: np.concatenate([v] * len(starts)) for k, v in found.context.items()}
-        ends = np.stack([path[0, :, 1], path[0, :, 0]])
-        return Chains(ends, np.repeat(starts, num)[None], context, columns)
+    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
+        """With a replay, of older chains beside the new ones."""
+        sigma = self.env_runner.module.process.sigma.numpy()[1:]
+        if not self.settings.replay:
+            return self.beside(draw, partial(credited, rewards=rewards, sigma=sigma, length=self.settings.steps))
+        fresh = kept(draw.chains, rewards, sigma)
+        found = Kept.join([fresh, *self.replayed()])
+        return Credit(pieces(found, self.settings.steps), {}, self.keep(fresh))
 
     def replayed(self) -> list[Kept]:
         """Older chains, drawn evenly from those that are kept."""
-        if not (self.settings.replay and self.kept):
+        if not self.kept:
             return []
         every = Kept.join(self.kept)
         generator = numpy_generator(self.config.seed or 0, self.iteration, "replay")
@@ -170,8 +159,6 @@ class PCL(ChainRL):
 
     def keep(self, fresh: Kept) -> dict[str, float]:
         """Puts this iteration's chains with the others, and lets the oldest go."""
-        if not self.settings.replay:
-            return {}
         self.kept.append(fresh)
         while len(self.kept) > 1 and sum(len(k.rewards) for k in self.kept[1:]) >= self.settings.replay_size:
             self.kept.pop(0)
@@ -184,6 +171,35 @@ class PCL(ChainRL):
         super().set_state(dict(state), *args, **kwargs)
         if "kept" in state:
             self.kept = [Kept(**one) for one in state["kept"]]
+
+
+def kept(chains: Chains, rewards: np.ndarray, sigma: np.ndarray) -> Kept:
+    """What path consistency reads of whole chains."""
+    gap = chains.x[:-1] - chains.columns["mean_ref"]
+    square = np.square(gap).reshape(*gap.shape[:2], -1).sum(-1)
+    log_ref = (-square / (2 * sigma[:, None] ** 2)).astype(square.dtype)
+    return Kept(chains.x, log_ref, rewards, dict(chains.context))
+
+
+def pieces(found: Kept, length: int | None) -> Chains:
+    """Chains in pieces of ``length`` transitions that follow each other; whole where none is given."""
+    num_steps, num = found.log_ref.shape
+    size: int = length or num_steps
+    starts = np.arange(size, num_steps + 1, size)  # t of each piece's first event
+    path = np.stack([found.x[start - size : start + 1][::-1] for start in starts], 1)  # [size + 1, piece, chain]
+    log_ref = np.stack([found.log_ref[start - size : start].sum(0) for start in starts])
+    path = np.moveaxis(path, 0, 2).reshape(1, -1, size + 1, *found.x.shape[2:])
+    told = {"reward": np.nan_to_num(found.rewards), "alive": credit.alive(found.rewards)}
+    columns = {k: np.tile(v, len(starts)).astype(found.x.dtype)[None] for k, v in told.items()}
+    columns |= {"path": path, "log_ref": log_ref.reshape(1, -1).astype(found.x.dtype)}
+    context = {k: np.concatenate([v] * len(starts)) for k, v in found.context.items()}
+    ends = np.stack([path[0, :, 1], path[0, :, 0]])
+    return Chains(ends, np.repeat(starts, num)[None], context, columns)
+
+
+def credited(chains: Chains, rewards: np.ndarray, sigma: np.ndarray, length: int | None) -> Credit:
+    """New chains as pieces."""
+    return Credit(pieces(kept(chains, rewards, sigma), length))
 
 
 class PCLConfig(DiffusionConfig):

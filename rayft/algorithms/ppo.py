@@ -7,19 +7,24 @@ The KL of step t itself is a differentiable term; those of later steps enter the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from rayft import credit, losses
-from rayft.algorithms.base import Credit
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
+from rayft.chain import Chains
 from rayft.draws import Draw
 from rayft.rl.learner import DiffusionLearner
+from rayft.rl.near import Credit
 from rayft.settings import Count, NonNegative, Positive
+
+Advantage = Callable[[np.ndarray], tuple[np.ndarray, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,21 +61,25 @@ class PPO(ChainRL):
         return PPOConfig()
 
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        columns = draw.chains.columns
-        alpha, dtype = self.settings.alpha, columns["log_prob"].dtype
-        returns = credit.reward_to_go(rewards, columns["kl"].astype(np.float64), alpha)
-        advantage, scale = self.advantage(returns)
-        kl_weight = np.where(scale > credit.NO_SPREAD, alpha / np.maximum(scale, credit.NO_SPREAD), float(alpha > 0))
-        told = {"advantage": advantage, "alive": credit.alive(rewards), "kl_weight": kl_weight}
-        rows = {name: np.broadcast_to(value, advantage.shape).astype(dtype) for name, value in told.items()}
-        chains = draw.chains.keep("log_prob", "mean_ref").with_columns(**rows)
-        spread = {"advantage_scale": float(scale.mean()), "advantage_max": float(np.abs(advantage).max())}
-        return Credit(chains, {}, spread)
+        told = {"rewards": rewards, "alpha": self.settings.alpha, "advantage_of": self.advantage_of()}
+        return self.beside(draw, partial(credited, **told))
 
-    def advantage(self, returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A_t, and by what each chain's was divided: the KL beside it must be too."""
-        advantage, scale = credit.advantage(returns)
-        return advantage, np.full(returns.shape[1], scale)
+    def advantage_of(self) -> Advantage:
+        """From returns to A_t, and to what each chain's was divided by: the KL beside it must be too."""
+        return credit.advantage
+
+
+def credited(chains: Chains, rewards: np.ndarray, alpha: float, advantage_of: Advantage) -> Credit:
+    """Rows with A_t, the weight of their own KL, and whether they count."""
+    dtype = chains.columns["log_prob"].dtype
+    returns = credit.reward_to_go(rewards, chains.columns["kl"].astype(np.float64), alpha)
+    advantage, scale = advantage_of(returns)
+    scale = np.broadcast_to(scale, returns.shape[1])
+    kl_weight = np.where(scale > credit.NO_SPREAD, alpha / np.maximum(scale, credit.NO_SPREAD), float(alpha > 0))
+    told = {"advantage": advantage, "alive": credit.alive(rewards), "kl_weight": kl_weight}
+    rows = {name: np.broadcast_to(value, advantage.shape).astype(dtype) for name, value in told.items()}
+    spread = {"advantage_scale": float(scale.mean()), "advantage_max": float(np.abs(advantage).max())}
+    return Credit(chains.keep("log_prob", "mean_ref").with_columns(**rows), {}, spread)
 
 
 class PPOConfig(DiffusionConfig):

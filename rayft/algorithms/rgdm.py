@@ -23,7 +23,7 @@ from ray.rllib.utils.metrics import ENV_RUNNER_SAMPLING_TIMER, TIMERS
 from torch import Tensor
 
 from rayft import credit, domain, losses, reward
-from rayft.algorithms.base import Credit, DiffusionRL, spoken
+from rayft.algorithms.base import DiffusionRL, spoken
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.bench import Bench
 from rayft.chain import Policy, reverse_process
@@ -37,6 +37,7 @@ from rayft.payoff.source import Source
 from rayft.payoff.weight import NUM_BINS, Normalise, Running, bin_of, name_of
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.module import DTYPES
+from rayft.rl.near import Credit
 from rayft.seeds import torch_generator
 from rayft.settings import Count, CountOrZero, NonNegative, Positive
 from rayft.supply import Supply, Terms

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from rayft import credit, losses
-from rayft.algorithms.base import Credit
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
-from rayft.draws import Draw, DrawFunction, draw_pretrained, draw_roll_in
+from rayft.chain import Chains
+from rayft.draws import Draw, DrawFunction, Fate, draw_pretrained, draw_roll_in
 from rayft.payoff import refresh
 from rayft.payoff.reading import TimestepWeight
 from rayft.rl.learner import DiffusionLearner
+from rayft.rl.near import Credit
 from rayft.seeds import torch_generator
 from rayft.settings import Count, Positive
 from rayft.surrogate import Seen
@@ -74,19 +76,16 @@ class RWMLE(ChainRL):
     def draw_function(self) -> DrawFunction:
         return draw_roll_in if self.settings.roll_in == "current" else draw_pretrained
 
-    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        if self.settings.roll_in == "noised":
-            return self.credit_all(draw, rewards)
-        weight = self.weight(draw.chains.context, rewards)
-        every = np.broadcast_to(weight, draw.chains.t.shape).astype(draw.chains.x.dtype)
-        share = {"effective_share": credit.effective_share(weight)}
-        return Credit(draw.chains.keep("mean_ref").with_columns(weight=every), {}, share)
+    def fate(self) -> Fate:
+        return "dropped" if self.settings.roll_in == "noised" else super().fate()
 
-    def credit_all(self, draw: Draw, rewards: np.ndarray) -> Credit:
-        """Rows from everything that was scored so far."""
-        self.seen.append(Seen(np.array(draw.chains.x_0), rewards, dict(draw.chains.context)))
+    def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
+        """With ``noised``, rows from everything that was scored so far."""
+        if self.settings.roll_in != "noised":
+            return self.beside(draw, partial(credited, weight=self.weight(draw.context, rewards)))
+        self.seen.append(Seen(np.array(draw.events), rewards, dict(draw.context)))
         x_0, known = np.concatenate([s.x_0 for s in self.seen]), np.concatenate([s.rewards for s in self.seen])
-        context = {k: np.concatenate([s.context[k] for s in self.seen]) for k in draw.chains.context}
+        context = {k: np.concatenate([s.context[k] for s in self.seen]) for k in draw.context}
         weight, module = self.weight(context, known), self.env_runner.module
         share = {"effective_share": credit.effective_share(weight)}
         if not weight.any():
@@ -108,6 +107,13 @@ class RWMLE(ChainRL):
         super().set_state(state, *args, **kwargs)
         if "seen" in state:
             self.seen = [Seen(**one) for one in state["seen"]]
+
+
+def credited(chains: Chains, weight: np.ndarray) -> Credit:
+    """Rows with their chain's weight."""
+    every = np.broadcast_to(weight, chains.t.shape).astype(chains.x.dtype)
+    share = {"effective_share": credit.effective_share(weight)}
+    return Credit(chains.keep("mean_ref").with_columns(weight=every), {}, share)
 
 
 class RWMLEConfig(DiffusionConfig):

@@ -1,11 +1,12 @@
 """The EnvRunner: a whole batch of chains in one torch loop, on its own device, from an addressed generator.
 
-No episode objects: a draw leaves as numpy arrays, by reference where the runner is remote.
+No episode objects: a draw leaves as numpy arrays, its chains by reference where only learners read them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from ray.rllib.utils.metrics import (
     WEIGHTS_SEQ_NO,
 )
 
-from rayft.draws import Draw, DrawFunction
+from rayft.draws import Draw, DrawFunction, Fate
 from rayft.rl.module import DenoiserModule, device_of
 from rayft.seeds import torch_generator
 
@@ -34,6 +35,7 @@ class ChainRunner(EnvRunner, Checkpointable):
         self.config.num_gpus_per_env_runner = self.config.num_gpus_per_env_runner if self.worker_index or alone else 0
         self._device = device_of(self.config, "num_gpus_per_env_runner")
         self._weights_seq_no = 0
+        self._synced = 0  # which of the driver's syncs it has seen; Ray itself may have started it anew since
         self.make_module()
 
     def make_module(self) -> None:
@@ -67,9 +69,17 @@ class ChainRunner(EnvRunner, Checkpointable):
         self.metrics.log_value(NUM_EPISODES, num_chains, reduce="sum")
         return drawn
 
-    def sample_part(self, **kwargs: Any) -> tuple[int, ray.ObjectRef, Any]:
-        """The same, left in the object store: (part, reference, metrics)."""
-        return kwargs.get("part", 0), ray.put(self.sample(**kwargs)), self.get_metrics()
+    def sample_part(self, *, synced: int = 0, chains: Fate = "sent", **kwargs: Any) -> tuple[int, Draw | None, Any]:
+        """(part, draw, metrics): the same for a caller elsewhere; chains that stay are a reference in the draw.
+
+        No draw from one that lacks the weights of sync ``synced``.
+        """
+        if synced != self._synced:
+            return kwargs.get("part", 0), None, None
+        drawn = self.sample(**kwargs)
+        if chains != "sent":
+            drawn = replace(drawn, chains=ray.put(drawn.chains) if chains == "stay" else None)
+        return kwargs.get("part", 0), drawn, self.get_metrics()
 
     def get_metrics(self) -> Any:
         return self.metrics.reduce()
@@ -84,6 +94,7 @@ class ChainRunner(EnvRunner, Checkpointable):
     def set_state(self, state: dict[str, Any]) -> None:
         if COMPONENT_RL_MODULE not in state:
             return
+        self._synced = state.get("synced", self._synced)
         weights = state[COMPONENT_RL_MODULE]
         weights = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
         sequence = state.get(WEIGHTS_SEQ_NO, 0)
