@@ -129,15 +129,19 @@ class Run:
     # -- one iteration
 
     def step(self) -> Trip | None:
-        """One iteration; a lost learner is replaced from the last checkpoint."""
-        before = time.monotonic()
+        """One iteration; what is lost with a learner or its node is made again from the last checkpoint."""
         try:
-            result = self.algo.train()
+            return self.advance()
         except (RayError, RuntimeError) as error:
             if not isinstance(error, RayError) and self.algo.config.num_learners == 0:
                 raise
             self.replace(error)
             return None
+
+    def advance(self) -> Trip | None:
+        """Train, guard, tell, keep."""
+        before = time.monotonic()
+        result = self.algo.train()
         last = self.algo.iteration >= self.spec.iterations
         if last and self.algo.verdict is None:
             self.algo.evaluate_policy()
@@ -171,15 +175,21 @@ class Run:
         return {k: float(v) for k, v in row.items() if _number(v)}
 
     def replace(self, error: BaseException) -> None:
-        """A fresh algorithm from the last checkpoint, in place of one whose learner died."""
-        self.failures += 1
-        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
-        if self.failures > self.spec.checkpoint.max_failures:
-            raise ValueError(f"gave up after {self.failures} failures, the last: {reason}") from error
-        self.event("failure", f"{reason}; starting again from the last checkpoint")
-        with contextlib.suppress(Exception):
-            self.algo.stop()
-        self.open(resume=True)
+        """A fresh algorithm from the last checkpoint, in place of one that lost a learner; again where it fails."""
+        reopened = False
+        while not reopened:
+            self.failures += 1
+            reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+            if self.failures > self.spec.checkpoint.max_failures:
+                raise ValueError(f"gave up after {self.failures} failures, the last: {reason}") from error
+            self.event("failure", f"{reason}; starting again from the last checkpoint")
+            with contextlib.suppress(Exception):
+                self.algo.stop()
+            try:
+                self.open(resume=True)
+                reopened = True
+            except (RayError, RuntimeError) as another:  # as where the lost machine's successor is not there yet
+                error = another
 
     def roll_back(self, trip: Trip) -> None:
         """Back to the best checkpoint within the budget, or to the pretrained model where there is none."""
