@@ -78,8 +78,11 @@ def test_what_a_cluster_lacks_is_named_with_what_it_has():
 
 @pytest.mark.parametrize(
     ("given", "why"),
-    [({"CPU": 2}, "resources names CPU; give the custom ones"), ({"reward": 0}, "resources.reward is 0; it should be")],
+    [
+        ({"CPU": 2}, "resources names CPU; it is for custom ones"),
+        ({"reward": 0}, "resources.reward is 0; it should be"),
+    ],
 )
 def test_a_resource_that_has_its_own_setting_or_no_amount_is_refused(given, why):
     with pytest.raises(ValueError, match=why):
-        parse({**TOLD, "scoring": {"resources": given}})
+        parse({**TOLD, "scoring": {"resources": given}}).checked()

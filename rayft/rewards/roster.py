@@ -203,9 +203,8 @@ class Roster:
     def _no_room(self) -> str:
         has, free = ray.cluster_resources(), ray.available_resources()
         asked = " and ".join(f"{amount:g} {kind}" for kind, amount in self.terms.resources.items() if amount)
-        there = " and ".join(
-            f"{has.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in self.terms.resources
-        )
+        kinds = self.terms.resources
+        there = " and ".join(f"{has.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in kinds)
         return (
             f"no reward actor could be placed within {self.terms.startup:g} s: each asks for {asked or 'nothing'}, "
             f"and the cluster has {there}; ask for less per actor, or leave more free"

@@ -73,9 +73,7 @@ class ScoringSettings(Placement):
     def __post_init__(self) -> None:
         if (self.on_failure == "floor") != (self.floor is not None):
             raise ValueError("on_failure: floor and a number for floor go together; give both or neither")
-        for name in (name for name in self.resources or {} if name in RAYS_OWN):
-            raise ValueError(
-                f"resources names {name}; give the custom ones, and num_cpus_per_actor, num_gpus_per_actor"
-            )
+        for name in set(self.resources or {}) & set(RAYS_OWN):
+            raise ValueError(f"resources names {name}; it is for custom ones, beside num_cpus_ and num_gpus_per_actor")
         if self.min_actors is not None and self.min_actors > self.actors:
             raise ValueError(f"min_actors is {self.min_actors}, more than actors = {self.actors}")
