@@ -1,4 +1,6 @@
-"""Machines made from this one, for tests of clusters: a network, a process table and an SSH server each, one file system.
+"""Machines made from this one, for tests of clusters: each has a network, processes and an SSH server of its own.
+
+All see one file system, which stands for shared storage.
 
     bridge 10.77.0.1 -- veth -- namespaces of one host: net, pid, mount, uts, ipc    with sshd as their process 1
 
@@ -19,13 +21,7 @@ from pathlib import Path
 from typing import Any
 
 BRIDGE, NET = "rayft0", "10.77.0"
-NEEDED = {
-    "sshd": "openssh-server",
-    "ssh": "openssh-client",
-    "ip": "iproute2",
-    "rsync": "rsync",
-    "unshare": "util-linux",
-}
+NEEDED = {"sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2", "rsync": "rsync"}  # program -> package
 
 SSHD = """\
 Port 22
@@ -90,6 +86,16 @@ class Host:
             with contextlib.suppress(OSError):
                 if folder.name.isdigit() and _namespace(int(folder.name)) == inside:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def listening(self) -> set[int]:
+        """TCP ports on which other machines are heard."""
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{self.init}/net/{table}").read_text().splitlines()[1:]:
+                (address, port), state = line.split()[1].split(":"), line.split()[3]
+                if state == "0A" and not address.endswith("0100007F"):
+                    found.add(int(port, 16))
         return found
 
     @property

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
+import json
 import os
+import pkgutil
+import re
 import secrets
 import shutil
 import signal
@@ -15,9 +19,10 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,48 +30,69 @@ import yaml
 from hosts import Host, hosts, missing, ssh
 from test_packaging import SOURCES
 
+from rayft import store
+
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = "http://localhost:8265"
+AGENT = 52365  # where each node's agent listens
+METRICS = {8080, 44217, 44227}  # Prometheus's; they know no token, as cluster/on_premise.yaml says
+
+# What needs no token: the page that asks for it, how it is handed in, and whether somebody is alive.
+PUBLIC = {"/", "/favicon.ico", "/api/authentication_mode", "/api/authenticate", "/api/gcs_healthz"}
+PUBLIC |= {"/api/healthz", "/api/local_raylet_healthz"}
 
 REWARD = """
 import time
 
 def near(samples):
-    time.sleep(0.004 * len(samples))
+    time.sleep(0.003 * len(samples))
     return [-float((x[0] - 0.8) ** 2 + (x[1] - 0.6) ** 2) / 2 for x in samples]
 """
-RUN = {
+COMMON = {
     "algorithm": "ppo",
     "domain": "toy",
     "reward": "./slow.py:near",
-    "iterations": 30,
+    "training": {"alpha": 0.5, "chains": 128, "minibatch_size": 2048},
+}
+RUN = COMMON | {
+    "iterations": 24,
     "resources": {"torch_threads": 1, "num_env_runners": 1},
     "scoring": {"actors": 1},
-    "training": {"alpha": 0.5, "chains": 128, "minibatch_size": 2048},
     "evaluate": {"every": 0, "chains": 128, "pretrained_chains": 256},
-    "checkpoint": {"every": 10},
 }
-SWEEP = {
-    "algorithm": "ppo",
-    "domain": "toy",
-    "reward": "quadratic",
-    "iterations": 12,
+SWEEP = COMMON | {
+    "iterations": 16,
     "resources": {"torch_threads": 1},
-    "training": {"alpha": 0.5, "chains": 256, "minibatch_size": 2048},
-    "evaluate": {"every": 6, "chains": 128, "pretrained_chains": 512},
-    "search": {"space": {"training.lr": {"grid": [1e-3, 3e-4]}}, "scheduler": "none", "objective": "attained"},
+    "evaluate": {"every": 4, "chains": 64, "pretrained_chains": 256},
+    "search": {"space": {"training.lr": {"grid": [1e-3, 3e-4]}}, "scheduler": "none", "objective": "reward"},
 }
-PLACED = "scoring.resources={reward: 1}"
+
+# Asked where the user sits: [[method, url], ...] -> [[status, body], ...], and 0 where no HTTP was spoken.
+ASK = """
+import json, sys, urllib.error, urllib.request
+from multiprocessing.pool import ThreadPool
+
+def ask(told):
+    head = {"Authorization": "Bearer " + open(sys.argv[1]).read()} if len(sys.argv) > 1 else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(told[1], method=told[0], headers=head), timeout=4) as found:
+            return found.status, found.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+    except Exception:
+        return 0, ""
+
+print(json.dumps(ThreadPool(16).map(ask, json.load(open("asked.json")))))
+"""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A user's machine, the hosts of the cluster, and a folder that all of them see."""
+    """A user's machine, the nodes of the cluster, and a folder that all of them see."""
 
     client: Host
     nodes: list[Host]
-    key: Path
     shared: Path
     token: str
 
@@ -74,28 +100,41 @@ class Site:
     def checkout(self) -> Path:
         return self.shared / "checkout"
 
-    def line(self, command: str) -> str:
-        """A command as it is run on the user's machine."""
-        told = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        told |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
-        return " ".join(f"export {k}='{v}';" for k, v in told.items()) + f" cd {self.checkout}; {command}"
+    def log(self, name: str) -> Path:
+        """What a command of this name said."""
+        return self.shared / f"{name}.log"
 
-    def run(self, command: str) -> str:
-        done = ssh(self.client, self.key, self.line(command))
-        (self.shared / "said.log").open("a").write(done.stdout + done.stderr)
-        assert done.returncode == 0, (command, done.stdout[-3000:], done.stderr[-3000:])
-        return done.stdout
+    def run(self, name: str, command: str) -> str:
+        """A command of the user's; what it said."""
+        with self.begun(name, command) as process:
+            assert process.wait() == 0, (command, self.log(name).read_text()[-3000:])
+        return self.log(name).read_text()
 
     @contextlib.contextmanager
     def begun(self, name: str, command: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A command that goes on meanwhile; what it says is in ``name``.log."""
-        log = (self.shared / f"{name}.log").open("wb")
-        process = ssh(self.client, self.key, self.line(command), log)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+        """The same while it goes on."""
+        told = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ROOT}
+        told |= {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+        line = " ".join(f"export {key}='{value}';" for key, value in told.items()) + f" cd {self.checkout}; {command}"
+        with self.log(name).open("wb") as log:
+            process = ssh(self.client, self.shared / "key", line, log)
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def ask(self, asked: Sequence[tuple[str, str]], *, token: bool = False) -> list[tuple[int, str]]:
+        """(status, body) of each of these requests, made from the user's machine."""
+        (self.checkout / "asked.json").write_text(json.dumps(asked))
+        (self.checkout / "ask.py").write_text(ASK)
+        return json.loads(self.run("ask", "python ask.py" + " ~/.ray/auth_token" * token))
+
+    def num_alive(self) -> int:
+        """Nodes that the dashboard calls alive."""
+        ((status, body),) = self.ask([("GET", f"{DASHBOARD}/nodes?view=summary")], token=True)
+        nodes = json.loads(body)["data"]["summary"] if status == 200 else []
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
 
 def submitted(name: str, command: str) -> str:
@@ -103,36 +142,13 @@ def submitted(name: str, command: str) -> str:
     return f"ray job submit --address {DASHBOARD} --submission-id {name} --working-dir {name} -- {command}"
 
 
-@contextlib.contextmanager
-def lap(what: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    print(f"{what}: {time.monotonic() - start:.1f} s", flush=True)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
-    """The hosts; the user's checkout with its wheel, its token and its jobs; nodes whose images have the dependencies."""
-    shared = tmp_path_factory.mktemp("site")
+    """Hosts, the user's checkout, wheel and token on one of them; and what `ray up` leaves in /tmp is gone at the end."""
+    shared, there = tmp_path_factory.mktemp("site"), set(Path("/tmp").glob("ray[-_]*"))
     with hosts(["client", "head", "worker1", "worker2"], shared) as (client, *nodes):
-        site = Site(client, nodes, shared / "key", shared, secrets.token_hex(32))
-        site.checkout.mkdir()
-        for name in [*SOURCES, "cluster", "cluster.yaml"]:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, site.checkout / name)
-        wheel = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            "dist",
-            ".",
-        ]
-        subprocess.run(wheel, cwd=site.checkout, check=True)
+        site = Site(client, nodes, shared, secrets.token_hex(32))
+        _check_out(site.checkout)
         token = client.home / ".ray/auth_token"
         token.parent.mkdir(mode=0o700)
         token.touch(mode=0o600)
@@ -141,13 +157,35 @@ def site(tmp_path_factory) -> Iterator[Site]:
             _image(node)
         told = yaml.safe_load((ROOT / "cluster/on_premise.yaml").read_text())
         told["provider"] |= {"head_ip": nodes[0].address, "worker_ips": [node.address for node in nodes[1:]]}
-        told["auth"] = {"ssh_user": "root", "ssh_private_key": str(site.key)}
+        told["auth"] = {"ssh_user": "root", "ssh_private_key": str(shared / "key")}
         (site.checkout / "mine.yaml").write_text(yaml.safe_dump(told, width=1000))
-        for name, spec in (("run", RUN), ("sweep", SWEEP)):
-            (site.checkout / name).mkdir()
-            (site.checkout / name / "slow.py").write_text(REWARD)
-            (site.checkout / name / f"{name}.yaml").write_text(yaml.safe_dump(spec))
         yield site
+    for path in set(Path("/tmp").glob("ray[-_]*")) - there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_out(folder: Path) -> None:
+    """This version with its wheel, as `make wheel` builds it, and two jobs."""
+    folder.mkdir()
+    for name in [*SOURCES, "cluster", "cluster.yaml"]:
+        copy: Callable[..., Any] = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        "dist",
+    ]
+    subprocess.run([*wheel, "."], cwd=folder, check=True)
+    for name, spec in (("run", RUN), ("sweep", SWEEP)):
+        (folder / name).mkdir()
+        (folder / name / "slow.py").write_text(REWARD)
+        (folder / name / f"{name}.yaml").write_text(yaml.safe_dump(spec))
 
 
 def _image(node: Host) -> None:
@@ -161,50 +199,128 @@ def _image(node: Host) -> None:
     program.chmod(0o755)
 
 
-def until(holds, seconds: float, what: str):
+@contextlib.contextmanager
+def lap(what: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def until(holds: Callable[[], Any], seconds: float, what: str) -> Any:
     end = time.monotonic() + seconds
     while not (found := holds()):
-        assert time.monotonic() < end, what
-        time.sleep(0.5)
+        assert time.monotonic() < end, f"{what} has not come within {seconds:g} s"
+        time.sleep(0.2)
     return found
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(file.open())) if file.exists() else []
 
 
 def test_a_run_and_a_sweep_outlive_a_node_and_nothing_shows_it(site):
     out = site.shared / "storage"
-    with lap("the same run on one machine"):
-        site.run(f"cd run && RAY_AUTH_MODE=disabled rayft run run.yaml --quiet output={out}/alone")
-    with lap("ray up"):
-        site.run("ray up -y --no-config-cache mine.yaml")
-    with site.begun("dashboard", "ray dashboard --no-config-cache mine.yaml"):
-        with lap("three nodes"):
-            until(lambda: alive(site) == 3, 120, "three nodes")
-        run = submitted("run", f"rayft run run.yaml --address auto '{PLACED}' output={out}")
-        sweep = submitted("sweep", f"rayft tune sweep.yaml --address auto output={out}")
-        with site.begun("run", run) as running, site.begun("sweep", sweep) as sweeping:
-            with lap("run and sweep"):
-                until(lambda: len(rows(out / "run/metrics.csv")) >= 5, 120, "five iterations")
-                killed = next(
-                    node for node in site.nodes if any("RewardActor" in line for line in node.pids().values())
-                )
-                raylet = next(pid for pid, line in killed.pids().items() if "/raylet/raylet " in line)
-                os.kill(raylet, signal.SIGKILL)
-                at = len(rows(out / "run/metrics.csv"))
-                with lap(f"killed {killed.name} in iteration {at}, the next after"):
-                    until(lambda: len(rows(out / "run/metrics.csv")) > at + 1, 120, "another iteration")
-                assert running.wait(240) == 0, (site.shared / "run.log").read_text()[-3000:]
-                assert sweeping.wait(240) == 0, (site.shared / "sweep.log").read_text()[-3000:]
-        alone, ours = rows(out / "alone/run/metrics.csv"), rows(out / "run/metrics.csv")
-        assert [row["iteration"] for row in ours] == [row["iteration"] for row in alone]
-        assert [row["reward_calls"] for row in ours] == [row["reward_calls"] for row in alone]
+    alone = f"cd run && RAY_AUTH_MODE=disabled rayft run run.yaml --quiet output={out}/alone"
+    with site.begun("alone", alone) as on_one_machine:
+        with lap("ray up"):
+            site.run("up", "ray up -y --no-config-cache mine.yaml")
+        with site.begun("dashboard", "ray dashboard --no-config-cache mine.yaml"):
+            with lap("three nodes"):
+                until(lambda: site.num_alive() == 3, 120, "a cluster of three nodes")
+            assert on_one_machine.wait(120) == 0, site.log("alone").read_text()
+            _check_doors(site)
+            _check_jobs(site, out)
     with lap("ray down"):
-        site.run("ray down -y mine.yaml")
+        site.run("down", "ray down -y --no-config-cache mine.yaml")
+    assert not [line for line in site.nodes[0].pids().values() if "gcs_server" in line or "raylet" in line]
+    assert not _leaks(site)
 
 
-def alive(site: Site) -> int:
-    code = f"from ray.job_submission import JobSubmissionClient as C; import ray; print(C('{DASHBOARD}').get_version())"
-    done = ssh(site.client, site.key, site.line(f'python -c "{code}"'))
-    return 3 if done.returncode == 0 else 0
+def _check_doors(site: Site) -> None:
+    """What somebody without the token finds: no dashboard from afar, no route of it, and of other ports the metrics."""
+    head = site.nodes[0]
+    routes = [(method, f"{DASHBOARD}{path}") for method, path in _routes("DashboardHead", "Subprocess")]
+    agents = _routes("DashboardAgent")
+    routes += [(method, f"http://{node.address}:{AGENT}{path}") for node in site.nodes for method, path in agents]
+    assert len(routes) > 60
+    for (method, url), (status, _) in zip(routes, site.ask(routes), strict=True):
+        public = re.sub(r"^http://[^/]+", "", url) in PUBLIC
+        assert status != 0 and (public or status == 401), (method, url, status)
+    assert 8265 not in head.listening()
+    ports = [(node, port) for node in site.nodes for port in sorted(node.listening())]
+    said = site.ask([("GET", f"http://{node.address}:{port}/metrics") for node, port in ports])
+    open_ports = {port for (_, port), (status, _) in zip(ports, said, strict=True) if status == 200}
+    assert open_ports == METRICS
+    assert all(str(port) in (ROOT / "cluster/on_premise.yaml").read_text() for port in METRICS)
+
+
+def _routes(*tables: str) -> list[tuple[str, str]]:
+    """(method, path) of every route that Ray's dashboard, or the agents, have."""
+    from ray.dashboard import modules, optional_utils
+    from ray.dashboard.subprocesses import routes
+
+    for module in pkgutil.walk_packages(modules.__path__, f"{modules.__name__}."):
+        importlib.import_module(module.name)
+    importlib.import_module("ray.dashboard.http_server_head")
+    importlib.import_module("ray.dashboard.http_server_agent")
+    found = [getattr(optional_utils, f"{t}RouteTable", None) or getattr(routes, f"{t}RouteTable") for t in tables]
+    return [
+        (method, re.sub(r"{.+?}", "1", path))
+        for table in found
+        for method, bound in table._bind_map.items()
+        for path in bound
+    ]
+
+
+def _check_jobs(site: Site, out: Path) -> None:
+    """Both jobs go on while the node that scores for them is killed, and count as if it had not been."""
+    run = f"rayft run run.yaml --address auto 'scoring.resources={{reward: 1}}' output={out}"
+    sweep = f"rayft tune sweep.yaml --address auto output={out}"
+    with (
+        lap("run and sweep"),
+        site.begun("run", submitted("run", run)) as running,
+        site.begun("sweep", submitted("sweep", sweep)) as sweeping,
+    ):
+        until(lambda: len(rows(out / "run")) >= 4 and (out / "sweep/rows.jsonl").exists(), 120, "the middle")
+        killed = next(node for node in site.nodes if any("RewardActor" in line for line in node.pids().values()))
+        assert killed in site.nodes[1:], "the head offers no reward"
+        trials = sum("Trial" in line for line in killed.pids().values())
+        num = len(rows(out / "run"))
+        os.kill(next(pid for pid, line in killed.pids().items() if "/raylet/raylet " in line), signal.SIGKILL)
+        with lap(f"{killed.name} killed under iteration {num + 1} and {trials} trials; until the next is there"):
+            until(lambda: len(rows(out / "run")) > num + 1, 120, "another iteration")
+        with lap("until the node is back"):
+            until(lambda: site.num_alive() == 3, 180, "the node")
+        assert running.wait(240) == 0, site.log("run").read_text()[-3000:]
+        assert sweeping.wait(240) == 0, site.log("sweep").read_text()[-3000:]
+
+    ours, alone = rows(out / "run"), rows(out / "alone/run")
+    for count in ("iteration", "reward_calls", "chains", "reward_failed", "reward_mean", "kl"):
+        assert [row[count] for row in ours] == [row[count] for row in alone], count
+    weights, expected = (store.newest(folder).weights() for folder in (out / "run", out / "alone/run"))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(weights[name], value)
+
+    told = json.loads((out / "sweep/sweep.json").read_text())
+    chains, evaluated = SWEEP["training"]["chains"], SWEEP["evaluate"]["chains"]
+    assert (told["status"], told["trials"]) == ("finished", 2)
+    assert told["calls"] == {"pretrained": 256, "train": 2 * 16 * chains, "evaluate": 2 * 4 * evaluated}
+    read = [json.loads(line) for line in (out / "sweep/rows.jsonl").read_text().splitlines()]
+    at = sorted((row["trial"], row["iteration"]) for row in read if "ended" not in row)
+    assert at == [(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12, 16)]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    file = run / "metrics.csv"
+    return list(csv.DictReader(file.open())) if file.exists() else []
+
+
+def _leaks(site: Site) -> list[str]:
+    """Where the token is found, other than in the files that are for it: this repository, every log, every process."""
+    token = site.token.encode()
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in tracked.stdout.split("\0") if name]
+    files += [path for path in site.shared.rglob("*") if path.name != "auth_token"]
+    for host in (site.client, *site.nodes):
+        files += [Path(f"/proc/{pid}/{part}") for pid in host.pids() for part in ("environ", "cmdline")]
+    found = []
+    for path in files:
+        with contextlib.suppress(OSError):
+            found += [str(path)] * (path.is_file() and not path.is_symlink() and token in path.read_bytes())
+    return found
