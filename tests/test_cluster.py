@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,11 @@ COMMON = {
     "domain": "toy",
     "reward": "./slow.py:near",
     "training": {"alpha": 0.5, "chains": 128, "minibatch_size": 2048},
+    "scoring": {"actors": 1, "num_cpus_per_actor": 0.25},
 }
 RUN = COMMON | {
     "iterations": 24,
     "resources": {"torch_threads": 1, "num_env_runners": 1},
-    "scoring": {"actors": 1},
     "evaluate": {"every": 0, "chains": 128, "pretrained_chains": 256},
 }
 SWEEP = COMMON | {
@@ -130,11 +131,11 @@ class Site:
         (self.checkout / "ask.py").write_text(ASK)
         return json.loads(self.run("ask", "python ask.py" + " ~/.ray/auth_token" * token))
 
-    def num_alive(self) -> int:
-        """Nodes that the dashboard calls alive."""
+    def nodes_by_state(self) -> Counter[str]:
+        """How many nodes the dashboard calls ALIVE, and how many DEAD."""
         ((status, body),) = self.ask([("GET", f"{DASHBOARD}/nodes?view=summary")], token=True)
         nodes = json.loads(body)["data"]["summary"] if status == 200 else []
-        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+        return Counter(node["raylet"].get("state", "") for node in nodes)
 
 
 def submitted(name: str, command: str) -> str:
@@ -144,7 +145,7 @@ def submitted(name: str, command: str) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
-    """Hosts, the user's checkout, wheel and token on one of them; and what `ray up` leaves in /tmp is gone at the end."""
+    """Hosts, the user's checkout and token on one of them; at the end what `ray up` leaves in /tmp is gone too."""
     shared, there = tmp_path_factory.mktemp("site"), set(Path("/tmp").glob("ray[-_]*"))
     with hosts(["client", "head", "worker1", "worker2"], shared) as (client, *nodes):
         site = Site(client, nodes, shared, secrets.token_hex(32))
@@ -222,12 +223,12 @@ def test_a_run_and_a_sweep_outlive_a_node_and_nothing_shows_it(site):
             site.run("up", "ray up -y --no-config-cache mine.yaml")
         with site.begun("dashboard", "ray dashboard --no-config-cache mine.yaml"):
             with lap("three nodes"):
-                until(lambda: site.num_alive() == 3, 120, "a cluster of three nodes")
+                until(lambda: site.nodes_by_state() == {"ALIVE": 3}, 120, "a cluster of three nodes")
             assert on_one_machine.wait(120) == 0, site.log("alone").read_text()
             _check_doors(site)
             _check_jobs(site, out)
     with lap("ray down"):
-        site.run("down", "ray down -y --no-config-cache mine.yaml")
+        site.run("down", "ray down -y mine.yaml")
     assert not [line for line in site.nodes[0].pids().values() if "gcs_server" in line or "raylet" in line]
     assert not _leaks(site)
 
@@ -270,8 +271,8 @@ def _routes(*tables: str) -> list[tuple[str, str]]:
 
 def _check_jobs(site: Site, out: Path) -> None:
     """Both jobs go on while the node that scores for them is killed, and count as if it had not been."""
-    run = f"rayft run run.yaml --address auto 'scoring.resources={{reward: 1}}' output={out}"
-    sweep = f"rayft tune sweep.yaml --address auto output={out}"
+    placed = f"--address auto 'scoring.resources={{reward: 0.5}}' output={out}"
+    run, sweep = f"rayft run run.yaml {placed}", f"rayft tune sweep.yaml {placed}"
     with (
         lap("run and sweep"),
         site.begun("run", submitted("run", run)) as running,
@@ -286,7 +287,7 @@ def _check_jobs(site: Site, out: Path) -> None:
         with lap(f"{killed.name} killed under iteration {num + 1} and {trials} trials; until the next is there"):
             until(lambda: len(rows(out / "run")) > num + 1, 120, "another iteration")
         with lap("until the node is back"):
-            until(lambda: site.num_alive() == 3, 180, "the node")
+            until(lambda: site.nodes_by_state() == {"ALIVE": 3, "DEAD": 1}, 180, "the node")
         assert running.wait(240) == 0, site.log("run").read_text()[-3000:]
         assert sweeping.wait(240) == 0, site.log("sweep").read_text()[-3000:]
 

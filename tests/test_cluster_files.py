@@ -1,4 +1,4 @@
-"""cluster.yaml and its overlays: what Ray would refuse, what would stand open, what would leak, found without a cloud."""
+"""cluster.yaml and its overlays, as far as they can be judged without a cloud: what Ray refuses, what stands open."""
 
 from __future__ import annotations
 
