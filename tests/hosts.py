@@ -4,7 +4,8 @@ All see one file system, which stands for shared storage.
 
     bridge 10.77.0.1 -- veth -- namespaces of one host: net, pid, mount, uts, ipc    with sshd as their process 1
 
-A host ends with its sshd: the kernel then ends what else runs in it, so that nothing has to be looked for. Needs root.
+A host ends with its sshd, and that with the process of the tests: the kernel then ends what else runs in it, so that
+nothing has to be looked for. Needs root.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
     key = folder / "key"
     with contextlib.ExitStack() as undo:
         _key(key)
+        for name in (*names, None):  # of tests that were killed
+            stale = ["netns", "del", name] if name else ["link", "del", BRIDGE]
+            subprocess.run([_found("ip") or "ip", *stale], capture_output=True)
         _ip("link", "add", BRIDGE, "type", "bridge")
         undo.callback(_ip, "link", "del", BRIDGE)
         _ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)
@@ -150,7 +154,7 @@ def _host(name: str, address: str, folder: Path, key: Path) -> Iterator[Host]:
         _ip("-n", name, "route", "add", "default", "via", f"{NET}.1")
         apart = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--uts", "--ipc", "--kill-child=SIGKILL"]
         process = subprocess.Popen(
-            ["ip", "netns", "exec", name, *apart, "bash", "-euc", boot],
+            ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", name, *apart, "bash", "-euc", boot],
             stdin=subprocess.DEVNULL,
             stdout=(folder / "boot.log").open("wb"),
             stderr=subprocess.STDOUT,
