@@ -55,16 +55,17 @@ COMMON = {
     "domain": "toy",
     "reward": "./slow.py:near",
     "training": {"alpha": 0.5, "chains": 128, "minibatch_size": 2048},
-    "scoring": {"actors": 1, "num_cpus_per_actor": 0.25},
 }
 RUN = COMMON | {
     "iterations": 24,
     "resources": {"torch_threads": 1, "num_env_runners": 1},
+    "scoring": {"actors": 2, "num_cpus_per_actor": 0.25},
     "evaluate": {"every": 0, "chains": 128, "pretrained_chains": 256},
 }
 SWEEP = COMMON | {
     "iterations": 16,
     "resources": {"torch_threads": 1},
+    "scoring": {"actors": 1, "num_cpus_per_actor": 0.25, "resources": {"reward": 0.25}},
     "evaluate": {"every": 4, "chains": 64, "pretrained_chains": 256},
     "search": {"space": {"training.lr": {"grid": [1e-3, 3e-4]}}, "scheduler": "none", "objective": "reward"},
 }
@@ -225,12 +226,23 @@ def test_a_run_and_a_sweep_outlive_a_node_and_nothing_shows_it(site):
             with lap("three nodes"):
                 until(lambda: site.nodes_by_state() == {"ALIVE": 3}, 120, "a cluster of three nodes")
             assert on_one_machine.wait(120) == 0, site.log("alone").read_text()
+            _check_nodes(site)
             _check_doors(site)
             _check_jobs(site, out)
+            assert not _leaks(site)
     with lap("ray down"):
         site.run("down", "ray down -y mine.yaml")
-    assert not [line for line in site.nodes[0].pids().values() if "gcs_server" in line or "raylet" in line]
+    assert not _processes(site.nodes[0], "gcs_server") and not _processes(site.nodes[0], "raylet")
     assert not _leaks(site)
+
+
+def _check_nodes(site: Site) -> None:
+    """Every node has this code, and the token in a file that its user alone can read."""
+    for node in site.nodes:
+        (installed,) = node.home.glob(".rayft/env/lib/python*/site-packages/rayft")
+        for path in (ROOT / "rayft").rglob("*.py"):
+            assert (installed / path.relative_to(ROOT / "rayft")).read_bytes() == path.read_bytes(), path
+        assert (node.home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
 
 
 def _check_doors(site: Site) -> None:
@@ -271,20 +283,22 @@ def _routes(*tables: str) -> list[tuple[str, str]]:
 
 def _check_jobs(site: Site, out: Path) -> None:
     """Both jobs go on while the node that scores for them is killed, and count as if it had not been."""
-    placed = f"--address auto 'scoring.resources={{reward: 0.5}}' output={out}"
-    run, sweep = f"rayft run run.yaml {placed}", f"rayft tune sweep.yaml {placed}"
+    one_on_each = "'scoring.resources={reward: 1.5}'"  # of the 2 that a host with two cores offers
+    run = f"rayft run run.yaml --address auto {one_on_each} output={out}"
+    sweep = f"rayft tune sweep.yaml --address auto output={out}"
     with (
         lap("run and sweep"),
         site.begun("run", submitted("run", run)) as running,
         site.begun("sweep", submitted("sweep", sweep)) as sweeping,
     ):
         until(lambda: len(rows(out / "run")) >= 4 and (out / "sweep/rows.jsonl").exists(), 120, "the middle")
-        killed = next(node for node in site.nodes if any("RewardActor" in line for line in node.pids().values()))
-        assert killed in site.nodes[1:], "the head offers no reward"
-        trials = sum("Trial" in line for line in killed.pids().values())
-        num = len(rows(out / "run"))
-        os.kill(next(pid for pid, line in killed.pids().items() if "/raylet/raylet " in line), signal.SIGKILL)
-        with lap(f"{killed.name} killed under iteration {num + 1} and {trials} trials; until the next is there"):
+        killed = max(site.nodes[1:], key=lambda node: len(_processes(node, "Trainable")))
+        trials, num = len(_processes(killed, "Trainable")), len(rows(out / "run"))
+        assert _processes(killed, "RewardActor"), "each of the workers has one of the run's"
+        assert not _processes(site.nodes[0], "RewardActor"), "the head offers no reward"
+        (raylet,) = _processes(killed, "/raylet/raylet ")
+        os.kill(raylet, signal.SIGKILL)
+        with lap(f"{killed.name} killed under iteration {num + 1} and {trials} trial(s); until the next is there"):
             until(lambda: len(rows(out / "run")) > num + 1, 120, "another iteration")
         with lap("until the node is back"):
             until(lambda: site.nodes_by_state() == {"ALIVE": 3, "DEAD": 1}, 180, "the node")
@@ -305,6 +319,10 @@ def _check_jobs(site: Site, out: Path) -> None:
     read = [json.loads(line) for line in (out / "sweep/rows.jsonl").read_text().splitlines()]
     at = sorted((row["trial"], row["iteration"]) for row in read if "ended" not in row)
     assert at == [(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12, 16)]
+
+
+def _processes(node: Host, name: str) -> list[int]:
+    return [pid for pid, line in node.pids().items() if name in line]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
