@@ -21,7 +21,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class Site:
     client: Host
     nodes: list[Host]
     shared: Path
-    token: str
+    token: str = field(repr=False)
 
     @property
     def checkout(self) -> Path:

@@ -72,6 +72,7 @@ def test_every_start_of_ray_asks_for_the_token_and_the_dashboard_stays_at_home(n
     for lines in starts.values():
         assert len(lines) == 1
         assert re.search(r"\bRAY_AUTH_MODE=token (.* )?ray start\b", lines[0])
+        assert "unset OMP_NUM_THREADS;" in lines[0], "ray up sets it to 1, and nproc believes it"
     (head,) = starts["head_start_ray_commands"]
     assert "--dashboard-host=127.0.0.1" in head
     assert "ray-client-server-port" not in head
