@@ -57,13 +57,13 @@ COMMON = {
     "training": {"alpha": 0.5, "chains": 128, "minibatch_size": 2048},
 }
 RUN = COMMON | {
-    "iterations": 24,
-    "resources": {"torch_threads": 1, "num_env_runners": 1},
+    "iterations": 20,
+    "resources": {"torch_threads": 1, "num_env_runners": 1, "num_cpus_per_env_runner": 0.5},
     "scoring": {"actors": 2, "num_cpus_per_actor": 0.25},
     "evaluate": {"every": 0, "chains": 128, "pretrained_chains": 256},
 }
 SWEEP = COMMON | {
-    "iterations": 16,
+    "iterations": 12,
     "resources": {"torch_threads": 1},
     "scoring": {"actors": 1, "num_cpus_per_actor": 0.25, "resources": {"reward": 0.25}},
     "evaluate": {"every": 4, "chains": 64, "pretrained_chains": 256},
@@ -237,11 +237,16 @@ def test_a_run_and_a_sweep_outlive_a_node_and_nothing_shows_it(site):
 
 
 def _check_nodes(site: Site) -> None:
-    """Every node has this code, and the token in a file that its user alone can read."""
+    """Every node has this code, which is not installed again, and the token in a file that its user alone can read."""
+    (setup,) = yaml.safe_load((site.checkout / "mine.yaml").read_text())["setup_commands"]
     for node in site.nodes:
         (installed,) = node.home.glob(".rayft/env/lib/python*/site-packages/rayft")
         for path in (ROOT / "rayft").rglob("*.py"):
             assert (installed / path.relative_to(ROOT / "rayft")).read_bytes() == path.read_bytes(), path
+        since = (installed / "__init__.py").stat().st_ctime
+        assert ssh(node, site.shared / "key", setup).returncode == 0
+        assert (installed / "__init__.py").stat().st_ctime == since
+        assert (node.home / ".bashrc").read_text().count("rayft/env") == 1
         assert (node.home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
 
 
@@ -315,10 +320,10 @@ def _check_jobs(site: Site, out: Path) -> None:
     told = json.loads((out / "sweep/sweep.json").read_text())
     chains, evaluated = SWEEP["training"]["chains"], SWEEP["evaluate"]["chains"]
     assert (told["status"], told["trials"]) == ("finished", 2)
-    assert told["calls"] == {"pretrained": 256, "train": 2 * 16 * chains, "evaluate": 2 * 4 * evaluated}
+    assert told["calls"] == {"pretrained": 256, "train": 2 * 12 * chains, "evaluate": 2 * 3 * evaluated}
     read = [json.loads(line) for line in (out / "sweep/rows.jsonl").read_text().splitlines()]
     at = sorted((row["trial"], row["iteration"]) for row in read if "ended" not in row)
-    assert at == [(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12, 16)]
+    assert at == [(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12)]
 
 
 def _processes(node: Host, name: str) -> list[int]:
