@@ -301,6 +301,7 @@ def _check_jobs(site: Site, out: Path) -> None:
         trials, num = len(_processes(killed, "Trainable")), len(rows(out / "run"))
         assert _processes(killed, "RewardActor"), "each of the workers has one of the run's"
         assert not _processes(site.nodes[0], "RewardActor"), "the head offers no reward"
+        assert num < RUN["iterations"], "it was over before anything was killed"
         (raylet,) = _processes(killed, "/raylet/raylet ")
         os.kill(raylet, signal.SIGKILL)
         with lap(f"{killed.name} killed under iteration {num + 1} and {trials} trial(s); until the next is there"):
