@@ -8,7 +8,7 @@ BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo molecules shapes table1 test test-slow lint types layers check bench clean
+.PHONY: help install demo molecules shapes table1 test test-slow test-cluster wheel lint types layers check bench clean
 
 help:
 	@echo 'make demo       install, then raise the QED of a molecule model and write a report under runs/'
@@ -16,6 +16,8 @@ help:
 	@echo 'make molecules  every row of Table 2 on molecules: hours, resumed where it was stopped, finished rows kept'
 	@echo 'make table1     every row of Table 1 on real shapes, likewise: DATA=shapes2048.npz'
 	@echo 'make test       install, then run the tests (test-slow: the long ones)'
+	@echo 'make test-cluster  ray up on three hosts made of namespaces (root; apt-get install openssh-server iproute2 rsync)'
+	@echo 'make wheel      this version as dist/*.whl, which cluster.yaml installs on every node'
 	@echo 'make check      lint, types and import layers, each a target of its own'
 	@echo 'make bench      every benchmark; BENCH_FLAGS=--quick for a short one, BENCHMARKS=name for one'
 
@@ -49,6 +51,14 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not cluster" --durations=10 --timeout=1800 $(PYTEST_FLAGS)
+
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster -rs -s --durations=3 $(PYTEST_FLAGS)
+
+wheel: install
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	rm -rf build
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import yaml
@@ -45,26 +46,31 @@ def plan(spec: RunSpec) -> str:
 def placement(spec: RunSpec) -> list[str]:
     """One line per kind of process with what each reserves."""
     return [
-        f"{number} x {name}: {cpus:g} CPU, {gpus:g} GPU each" if number else f"{name}: in the driver"
-        for name, number, cpus, gpus in [("driver", 1, 1.0, 0.0), *_actors(spec)]
+        f"{number} x {name}: {', '.join(f'{amount:g} {kind}' for kind, amount in each.items())} each"
+        if number
+        else f"{name}: in the driver"
+        for name, number, each in [("driver", 1, {"CPU": 1.0, "GPU": 0.0}), *_actors(spec)]
     ]
 
 
 def shortage(spec: RunSpec, cluster: Mapping[str, float]) -> str | None:
     """What the run asks for beyond what the cluster has; Ray would wait for it without a word."""
-    cpus = sum(number * each for _, number, each, _ in _actors(spec))
-    gpus = sum(number * each for _, number, _, each in _actors(spec))
-    for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+    asked: Counter[str] = Counter()
+    for _, number, each in _actors(spec):
+        asked.update({kind: number * amount for kind, amount in each.items()})
+    for kind, wanted in asked.items():
         if wanted > cluster.get(kind, 0.0):
             return f"this run's actors ask for {wanted:g} {kind}, Ray has {cluster.get(kind, 0.0):g}"
     return None
 
 
-def _actors(spec: RunSpec) -> list[tuple[str, int, float, float]]:
+def _actors(spec: RunSpec) -> list[tuple[str, int, dict[str, float]]]:
     told = spec.resources
+    runner = {"CPU": told.num_cpus_per_env_runner, "GPU": told.num_gpus_per_env_runner}
+    learner = {"CPU": told.num_cpus_per_learner, "GPU": told.num_gpus_per_learner}
     return [
-        ("runners", told.num_env_runners, told.num_cpus_per_env_runner, told.num_gpus_per_env_runner),
-        ("learners", told.num_learners, told.num_cpus_per_learner, told.num_gpus_per_learner),
+        ("runners", told.num_env_runners, runner),
+        ("learners", told.num_learners, learner),
         *spec.checked().own_actors(),
     ]
 

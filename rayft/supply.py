@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Queue
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from rayft.payoff.bank import Bank, Shard
 from rayft.payoff.pairs import Question
 from rayft.payoff.source import Answer, Source
+from rayft.rewards.roster import ray_options
 from rayft.rewards.service import RewardService
 from rayft.score import Scores
 from rayft.seeds import numpy_generator
@@ -40,6 +41,11 @@ class Terms:
     num_shards: int | None  # after which they are read again, in another order; endless where none is given
     seed: int  # of that order
     num_cpus: float = 1.0
+    custom: Mapping[str, float] = field(default_factory=dict)  # what else an actor reserves
+
+    def reserved(self) -> dict[str, float]:
+        """Resource -> how much one actor asks for."""
+        return {"CPU": self.num_cpus, **self.custom}
 
 
 class PayoffActor:
@@ -197,6 +203,7 @@ class Supply:
     def _hire(self) -> None:
         made: Any = ray.remote(PayoffActor)
         threads = max(1, int(self.terms.num_cpus))
-        actor = made.options(num_cpus=self.terms.num_cpus, max_restarts=0).remote(cloudpickle.dumps(self.make), threads)
+        options = {**ray_options(self.terms.reserved()), "max_restarts": 0}
+        actor = made.options(**options).remote(cloudpickle.dumps(self.make), threads)
         self.actors.append(actor)
         self.idle.put(actor)

@@ -134,6 +134,8 @@ def test_a_dry_run_starts_and_writes_nothing(tmp_path, monkeypatch, capfd):
     assert err == ""
     assert main(["run", "toy_rgdm", "--dry-run", "training.payoff_actors=2"]) == 0
     assert "2 x pay-off actors: 1 CPU, 0 GPU each" in capfd.readouterr().out
+    assert main(["run", "toy_rgdm", "--dry-run", "training.payoff_actors=2", "scoring.resources={reward: 0.5}"]) == 0
+    assert "2 x pay-off actors: 1 CPU, 0 GPU, 0.5 reward each" in capfd.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

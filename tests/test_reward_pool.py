@@ -242,6 +242,8 @@ def test_a_place_that_does_not_exist_is_named_with_what_there_is(monkeypatch):
         pool_of(value, num_cpus_per_actor=1000).start()
     with pytest.raises(ValueError, match=r"each asks for 0.1 CPU and 0.5 GPU, .* and 0 GPU \(0 free\)"):
         pool_of(Graphic).start()
+    with pytest.raises(ValueError, match=r"each asks for 0.1 CPU and 2 reward, .* and 0 reward \(0 free\)"):
+        pool_of(value, resources={"reward": 2}).start()
     assert time.monotonic() - start < 20
 
 

@@ -181,7 +181,7 @@ def test_every_key_of_a_run_reaches_the_algorithm(tmp_path):
         "training": {"lr": 0.5, "chains": 64, "minibatch_size": 32, "ema": 0.5, "clip": 0.3, "alpha": 0.7},
         "chain": {"num_steps": 7, "sigma": "gamma", "eta": 0.5},
         "evaluate": {"every": 3, "chains": 9, "pretrained_chains": 11, "alpha": 0.4, "max_kl": 5.0},
-        "scoring": {"actors": 1, "num_cpus_per_actor": 0.5, "undecodable": -2.0},
+        "scoring": {"actors": 1, "num_cpus_per_actor": 0.5, "undecodable": -2.0, "resources": {"reward": 0.5}},
         "resources": {"num_env_runners": 2, "num_learners": 1, "num_gpus_per_env_runner": 0.5},
     }
     config = spec.read(written(tmp_path, {**moved, "seed": 4, "weights": "w.pt"})).checked()

@@ -329,5 +329,5 @@ class DiffusionRL(Algorithm):
         """RLlib's bundles and one for each actor of ours, so that Tune places them too."""
         request = super().default_resource_request(config)
         full = cls.get_default_config().update_from_dict(config)
-        actors = [{"CPU": cpus, "GPU": gpus} for _, num, cpus, gpus in full.own_actors() for _ in range(num)]
+        actors = [reserved for _, num, reserved in full.own_actors() for _ in range(num)]
         return PlacementGroupFactory([*request.bundles, *actors], strategy=str(full.placement_strategy))

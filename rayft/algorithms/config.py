@@ -262,11 +262,11 @@ class DiffusionConfig(AlgorithmConfig):
                 f"{instead}"
             )
 
-    def own_actors(self) -> list[tuple[str, int, float, float]]:
-        """(what they are, how many, CPUs, GPUs of each) of the actors beside RLlib's."""
+    def own_actors(self) -> list[tuple[str, int, dict[str, float]]]:
+        """(what they are, how many, what each reserves) of the actors beside RLlib's."""
         scoring, world = self.section("scoring"), self.build_domain()
         fractions = sorted(set(gpus_wanted(self.recipe(world), world.rewards, scoring)))
-        return [("reward actors", scoring.actors, scoring.num_cpus_per_actor, gpus) for gpus in fractions]
+        return [("reward actors", scoring.actors, scoring.reserved(gpus)) for gpus in fractions]
 
     def num_events(self) -> int:
         """Events that one iteration scores."""

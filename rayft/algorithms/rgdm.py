@@ -142,7 +142,8 @@ class RGDM(DiffusionRL):
         bank = None if told.bank is None else open_bank(Path(told.bank), self.manifest())
         self.shard_pairs = told.chains if bank is None else bank.shard_pairs
         shards = None if told.bank_pairs is None else -(-told.bank_pairs // self.shard_pairs)
-        terms = Terms(told.payoff_actors, told.payoff_lead, shards, seed)
+        custom = self.config.section("scoring").resources or {}
+        terms = Terms(told.payoff_actors, told.payoff_lead, shards, seed, custom=custom)
         self.supply = Supply(self.source(), self.rewards, bank, terms)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="rayft-reader")
         self.next: tuple[int, Future[Reading]] | None = None  # the next iteration's, where that costs nothing
@@ -314,8 +315,9 @@ class RGDMConfig(DiffusionConfig):
     def __init__(self, algo_class: Any = None) -> None:
         super().__init__(algo_class=algo_class or RGDM)
 
-    def own_actors(self) -> list[tuple[str, int, float, float]]:
-        return [*super().own_actors(), ("pay-off actors", self.settings().payoff_actors, Terms.num_cpus, 0.0)]
+    def own_actors(self) -> list[tuple[str, int, dict[str, float]]]:
+        reserved = {"CPU": Terms.num_cpus, "GPU": 0.0, **(self.section("scoring").resources or {})}
+        return [*super().own_actors(), ("pay-off actors", self.settings().payoff_actors, reserved)]
 
     def num_events(self) -> int:
         return self.settings().chains * questions(self.settings().aim())

@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 from rayft import imports, reward
 from rayft.rewards.actor import RewardActor, worker
 from rayft.rewards.book import NOBODY, Job, Pace, Run
-from rayft.rewards.roster import TICK, Roster, Seat, Terms
+from rayft.rewards.roster import TICK, Roster, Seat, Terms, ray_options
 from rayft.rewards.settings import Placement
 from rayft.rewards.worker import Limits, Outcome, Worker
 from rayft.score import CALLS_HELD, DECODE, Told
@@ -58,7 +58,7 @@ class RewardPool:
         self.groups = {i for i, one in enumerate(found) if getattr(one, "groupwise", False)}
         self.batches = {i: int(getattr(one, "batch_size", None) or 1) for i, one in enumerate(found)} | {DECODE: 1}
         self.local: Worker | None = None
-        self.roster = self._roster({"CPU": placement.num_cpus_per_actor, "GPU": gpus})
+        self.roster = self._roster(placement.reserved(gpus))
         self.flying: dict[Any, Seat] = {}  # in the order of sending, so that no answer waits long to be heard
         self.pace = Pace()
         self.owners: OrderedDict[int, np.ndarray] = OrderedDict()  # call -> [event] which actor has it decoded
@@ -71,7 +71,7 @@ class RewardPool:
         building = self.limits.startup + 10 * GRACE  # a worker with a child gives up by itself, before that
         fewest = max(1, most if fewest is None else fewest)
         terms = Terms(most, fewest, resources, PLACING, building, ATTEMPTS)
-        asked = {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"], "max_restarts": 0, "max_task_retries": 0}
+        asked = {**ray_options(resources), "max_restarts": 0, "max_task_retries": 0}
         actor: Any = ray.remote(RewardActor)
         told = (cloudpickle.dumps(self.told), self.limits, self.isolate) if most else ()
 

@@ -90,13 +90,19 @@ def end(seats: list[Seat]) -> None:
             ray.get(ref)
 
 
+def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Resources as ``.options`` takes them: CPU and GPU have keywords of their own."""
+    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": resources.get("CPU", 0.0), "num_gpus": resources.get("GPU", 0.0), "resources": custom}
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a roster may ask of Ray, and for how long it waits."""
 
     most: int
     fewest: int
-    resources: Mapping[str, float]  # CPU and GPU of one actor
+    resources: Mapping[str, float]  # what one actor asks for: CPU, GPU, custom ones
     startup: float  # seconds in which one actor at least must find room
     building: float  # seconds in which it must build its rewards
     attempts: int  # actors in a row that may die over that
@@ -197,7 +203,8 @@ class Roster:
     def _no_room(self) -> str:
         has, free = ray.cluster_resources(), ray.available_resources()
         asked = " and ".join(f"{amount:g} {kind}" for kind, amount in self.terms.resources.items() if amount)
-        there = " and ".join(f"{has.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
+        kinds = self.terms.resources
+        there = " and ".join(f"{has.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in kinds)
         return (
             f"no reward actor could be placed within {self.terms.startup:g} s: each asks for {asked or 'nothing'}, "
             f"and the cluster has {there}; ask for less per actor, or leave more free"

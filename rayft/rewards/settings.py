@@ -11,6 +11,7 @@ from rayft.rewards.worker import Limits
 from rayft.settings import NUMBER, STRICT, Count, CountOrZero, NonNegative, Positive
 
 FailedShare = Annotated[float, NUMBER, Field(ge=0, le=1)]
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")  # resources that have settings of their own, or none
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,14 @@ class Placement:
     """Logical CPUs each reserves."""
     num_gpus_per_actor: NonNegative = 0.0
     """GPU fraction each reserves; a reward may ask for its own with ``num_gpus``. GPU rewards run without a child."""
+    resources: dict[str, Positive] | None = None
+    """What else each reserves, pay-off actors too: ``{reward: 1}`` keeps them on nodes that were given ``reward``."""
     isolate: bool = True
     """Rewards run in a child process, which may crash, hang or leak. Off, only exceptions are survived."""
+
+    def reserved(self, gpus: float) -> dict[str, float]:
+        """Resource -> how much one actor asks for, with this fraction of a GPU."""
+        return {"CPU": self.num_cpus_per_actor, "GPU": gpus, **(self.resources or {})}
 
 
 @dataclass(frozen=True)
@@ -66,5 +73,7 @@ class ScoringSettings(Placement):
     def __post_init__(self) -> None:
         if (self.on_failure == "floor") != (self.floor is not None):
             raise ValueError("on_failure: floor and a number for floor go together; give both or neither")
+        for name in set(self.resources or {}) & set(RAYS_OWN):
+            raise ValueError(f"resources names {name}; it is for custom ones, beside num_cpus_ and num_gpus_per_actor")
         if self.min_actors is not None and self.min_actors > self.actors:
             raise ValueError(f"min_actors is {self.min_actors}, more than actors = {self.actors}")
