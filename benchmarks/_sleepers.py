@@ -29,7 +29,7 @@ class SleepyDenoiser(ToyDenoiser):
 class SleepyToy(Toy):
     """The toy, a chain of which takes ``chain_seconds``: half in the policy, half in the pretrained model."""
 
-    def __init__(self, num_steps: int = 10, chain_seconds: float = 0.05) -> None:
+    def __init__(self, num_steps: int = 20, chain_seconds: float = 0.05) -> None:
         super().__init__(num_steps, None)
         self.chain_seconds = chain_seconds
 

@@ -81,16 +81,13 @@ def test_nobody_sends_chains_for_a_verdict(algo):
 
 def test_what_credit_raises_comes_back_as_it_is_and_a_lost_part_as_lost(algo):
     draw = algo.collect("train", algo.draw_function(), 32, chains="stay")
-    here = [node_of(None)]
+    group, here = algo.learner_group, [node_of(None)]
 
-    def refuse(_):
-        raise ValueError("nothing to learn from")
-
-    with pytest.raises(ValueError, match="nothing to learn from"):
-        credited(refuse, draw.chains.refs, here)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        credited(group, partial(weighted, weight=np.ones(31)), draw.chains.refs, here)
     kill_runners(algo, draw)
     with pytest.raises(Lost):
-        credited(EVEN, draw.chains.refs, here)
+        credited(group, EVEN, draw.chains.refs, here)
 
 
 def test_chains_that_die_with_their_runners_are_drawn_again_the_same_and_paid_once(algo):
@@ -141,13 +138,13 @@ def kill_runners(algo, draw):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(Lost):
-        wait_for_loss(draw.chains.refs)
+        wait_for_loss(algo, draw.chains.refs)
 
 
-def wait_for_loss(refs):
+def wait_for_loss(algo, refs):
     until = time.monotonic() + 30
     while time.monotonic() < until:
-        credited(EVEN, refs, [node_of(None)])
+        credited(algo.learner_group, EVEN, refs, [node_of(None)])
         time.sleep(0.05)
 
 

@@ -4,7 +4,7 @@ draw    transitions and the events they wait for      (runners; each algorithm n
 score   events -> rewards                             (reward actors; NaN = failed)
 credit  rewards -> one number per transition          (over the whole batch, before it is sharded)
 
-Where runners and learners both are actors, credit is made beside the learners and the driver sees no chain.
+Where runners and learners both are actors, credit is made by the learners and the driver sees no chain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ray.rllib.utils.metrics import ENV_RUNNER_SAMPLING_TIMER, TIMERS
 
 from rayft.algorithms.base import DiffusionRL, spoken
 from rayft.draws import Afar, Draw, DrawFunction, Fate, draw_current, join
-from rayft.rl.near import Credit, Creditor, Lost, credited, node_of, same_events
+from rayft.rl.near import Credit, Creditor, Lost, credited, homes_of, same_events
 from rayft.score import Scores
 
 LOSSES = 5  # times in a row that an iteration's chains may be lost
@@ -97,11 +97,11 @@ class ChainRL(DiffusionRL):
         raise ValueError(f"an iteration's chains were lost {LOSSES} times with the runners that held them")
 
     def beside(self, draw: Draw, creditor: Creditor) -> Credit:
-        """``creditor`` of a draw's chains: here, or beside the learners where the chains stay with runners."""
+        """``creditor`` of a draw's chains: here, or by the learners where the chains stay with runners."""
         if not isinstance(draw.chains, Afar):
             return creditor(draw.chains)
-        self.homes = self.homes or [told.get() for told in self.learner_group.foreach_learner(node_of)]
-        return credited(creditor, draw.chains.refs, self.homes)
+        self.homes = self.homes or homes_of(self.learner_group)
+        return credited(self.learner_group, creditor, draw.chains.refs, self.homes)
 
     def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().set_state(state, *args, **kwargs)

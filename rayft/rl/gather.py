@@ -1,7 +1,7 @@
 """The parts of one draw from remote runners, whatever becomes of the runners while they work.
 
-Chains may stay where they were drawn (``Afar``). Credit is then made of them beside the learners, once on each of their
-nodes, so that they never pass through the driver.
+Chains may stay where they were drawn (``Afar``). Credit is then made of them by the learners (near.py), so that they
+never pass through the driver.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Credit beside the learners: once on each of their nodes, from chains that stay with the runners that drew them.
+"""Credit by the learners: once on each of their nodes, of chains that stay with the runners that drew them.
 
 The driver passes references and one number a chain; what a learner reads lies on its own node, shared by all there.
 """
@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, RayTaskError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import ObjectLostError, RayActorError
 
 from rayft.chain import Chains
 
@@ -26,7 +25,6 @@ class Credit:
     logged: dict[str, float] = field(default_factory=dict)
 
 
-GONE = (ObjectLostError, NodeDiedError, WorkerCrashedError)
 Creditor = Callable[[Chains], Credit]  # travels to where the chains are read: a function of a module, and small numbers
 
 
@@ -34,27 +32,38 @@ class Lost(Exception):  # noqa: N818
     """Chains that went with a runner or a node."""
 
 
-def credited(creditor: Creditor, parts: list[ray.ObjectRef], homes: list[str]) -> Credit:
-    """``creditor`` applied on every node of ``homes``, the learners' nodes in their order. Raises ``Lost``."""
-    made: dict[str, Any] = {}
-    for node in dict.fromkeys(homes):
-        there = NodeAffinitySchedulingStrategy(node, soft=True)
-        made[node] = _credited.options(scheduling_strategy=there).remote(creditor, *parts)
+def credited(group: Any, creditor: Creditor, parts: list[ray.ObjectRef], homes: list[str]) -> Credit:
+    """``creditor`` applied by one learner on every node of ``homes``, the learners' nodes in their order.
+
+    Raises ``Lost``, and whatever ``creditor`` raises.
+    """
+    first = {node: homes.index(node) for node in homes}
+    told = group.foreach_learner(_made, remote_actor_ids=list(first.values()), creditor=creditor, parts=parts)
+    made = {one.actor_id: one.get() for one in told}
+    if len(made) < len(first):
+        raise RayActorError(error_msg="a learner was lost")
+    for found in made.values():
+        if isinstance(found, ObjectLostError):
+            raise Lost from found
+        if isinstance(found, BaseException):
+            raise found
+    refs = [made[first[node]][0] for node in homes]
+    return Credit(refs, *made[0][1:])
+
+
+def _made(learner: Any, creditor: Creditor, parts: list[ray.ObjectRef]) -> Any:
+    """(reference to the rows, scalars, logged), or what went wrong: RLlib ends an actor that raises."""
     try:
-        scalars, logged = ray.get([told for _, told in made.values()])[0]
-    except RayTaskError as error:
-        if isinstance(error.cause, GONE):
-            raise Lost from error
-        raise error.cause from None
-    except GONE as error:
-        raise Lost from error
-    return Credit([made[node][0] for node in homes], scalars, logged)
+        credit = creditor(Chains.join(ray.get(parts)))
+    except Exception as error:
+        return error
+    return ray.put(credit.chains), credit.scalars, credit.logged
 
 
-@ray.remote(num_cpus=0, num_returns=2)
-def _credited(creditor: Creditor, *parts: Chains) -> tuple[Chains, tuple[dict[str, float], dict[str, float]]]:
-    credit = creditor(Chains.join(parts))
-    return credit.chains, (credit.scalars, credit.logged)
+def homes_of(group: Any) -> list[str]:
+    """The learners' nodes, in the learners' order."""
+    told = {one.actor_id: one.get() for one in group.foreach_learner(node_of)}
+    return [told[number] for number in sorted(told)]
 
 
 def node_of(_: Any) -> str:
