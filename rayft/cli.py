@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +40,8 @@ def _refuse(why: object) -> int:
 
 def run(told: argparse.Namespace) -> int:
     """Fine-tune as FILE says."""
+    from rayft import cluster, store
     from rayft import spec as specs
-    from rayft import store
 
     if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
         told.resume, told.file = told.file, None
@@ -62,7 +61,8 @@ def run(told: argparse.Namespace) -> int:
         print(plan(spec))
         return 0
     spec.tried()
-    _reachable(told.address)
+    cluster.same_as_client()
+    cluster.reachable(told.address)
     found = None if folder is None else store.newest(folder)
     if found is not None:
         store.continues(found, spec.full())
@@ -76,8 +76,8 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
     fresh = folder is None
     folder = loop.create_folder(spec) if folder is None else folder
     try:
-        _start_ray(told.address, spec)
-    except ValueError:
+        _start_ray(told.address, spec, told.wait)
+    except (ValueError, KeyboardInterrupt):
         if fresh:
             shutil.rmtree(folder)
         raise
@@ -108,43 +108,22 @@ def _folder_to_resume(resume: Any, spec: Any) -> Path | None:
     return max(found, key=lambda p: (p / "run.json").stat().st_mtime if (p / "run.json").is_file() else 0)
 
 
-def _reachable(address: str | None) -> None:
-    """Ray itself would try for two minutes and then end the process."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if address and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            why = f"no Ray answers at {address} ({error.strerror or error})"
-            raise ValueError(f"{why}; start one with `ray start --head`, or leave --address out") from None
-
-
-def _join_ray(address: str | None) -> None:
-    import logging
-
+def _start_ray(address: str | None, spec: Any, wait: float | None = None) -> None:
     import ray
 
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not ray.is_initialized():
-        ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-
-
-def _start_ray(address: str | None, spec: Any) -> None:
-    import ray
-
+    from rayft import cluster
     from rayft.plan import shortage
 
-    _join_ray(address)
-    lacking = shortage(spec, ray.cluster_resources())
-    if lacking and address is None:
+    cluster.join(address)
+    if address is not None:
+        cluster.has_room(cluster.wanted(spec), wait, lambda text: print(text, file=sys.stderr))
+    elif lacking := shortage(spec, ray.cluster_resources()):
         raise ValueError(f"{lacking}; lower resources or scoring.actors, or join a larger cluster with --address")
-    if lacking:
-        print(f"{lacking}: the run waits until there is more", file=sys.stderr)
 
 
 def tune(told: argparse.Namespace) -> int:
     """Search hyper-parameters as FILE's search: block says."""
+    from rayft import cluster
     from rayft import tune as tuning
 
     spec, folder = tuning.asked(told.file, told.overrides, told.resume)
@@ -152,8 +131,12 @@ def tune(told: argparse.Namespace) -> int:
         print(tuning.plan(spec))
         return 0
     found = tuning.tried(spec)
-    _reachable(told.address)
-    _join_ray(told.address)
+    cluster.same_as_client()
+    cluster.reachable(told.address)
+    cluster.join(told.address)
+    if told.address is not None:
+        one = {"trial": tuning.request(spec).bundles}
+        cluster.has_room(one, told.wait, lambda text: print(text, file=sys.stderr))
     return tuning.run(spec, found, folder, told.quiet)
 
 
@@ -349,6 +332,49 @@ def doctor(told: argparse.Namespace) -> int:
     return checks.render(checks.checks())
 
 
+def submit(told: argparse.Namespace) -> int:
+    """Run FILE as a job of a cluster, and follow it."""
+    from rayft import follow, jobs
+
+    if told.resume and told.file is not None and "://" in told.file:
+        told.resume, told.file = told.file, None
+    keys = {key: getattr(told, key) for key in vars(jobs.Asked("")) if hasattr(told, key)}
+    client = jobs.connect(told.address)
+    name = jobs.submit(client, jobs.Asked(**keys))
+    back = f"rayft logs {name} --follow --address {jobs.door(told.address)}"
+    print(f"submitted {name}; come back with: {back}", file=sys.stderr)
+    return 0 if told.no_follow else follow.follow(client, name, told.quiet)
+
+
+def status(told: argparse.Namespace) -> int:
+    """Say how the jobs of a cluster stand."""
+    from rayft import display, follow, jobs
+
+    client = jobs.connect(told.address)
+    display.show(follow.table(jobs.known(client, told.name) if told.name else None, client))
+    return 0
+
+
+def stop(told: argparse.Namespace) -> int:
+    """End a job after its iteration, saved."""
+    from rayft import jobs
+
+    print(jobs.stop(jobs.connect(told.address), told.name))
+    return 0
+
+
+def logs(told: argparse.Namespace) -> int:
+    """Print a job's log, or follow it."""
+    from rayft import follow, jobs
+
+    client = jobs.connect(told.address)
+    jobs.known(client, told.name)
+    if told.follow:
+        return follow.follow(client, told.name)
+    print(client.get_job_logs(told.name), end="")
+    return 0
+
+
 def _writable(path: Path) -> Path:
     folder = path.resolve().parent
     if path.exists() and not path.is_file():
@@ -359,7 +385,8 @@ def _writable(path: Path) -> Path:
     return path
 
 
-COMMANDS = (run, tune, evaluate, sample, score, recommend, import_, export, report, pretrain, configs, doctor)
+LOCAL = (run, tune, evaluate, sample, score, recommend, import_, export, report, pretrain, configs, doctor)
+COMMANDS = (*LOCAL, submit, status, stop, logs)
 
 if __name__ == "__main__":
     sys.exit(main())
