@@ -42,7 +42,13 @@ def parse(
 def _run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", nargs="?", help="YAML, Python file with a `spec`, or shipped config (`rayft configs`)")
     sub.add_argument("overrides", **OVERRIDES, help="for example training.lr=1e-4 seed=3")
-    sub.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue RUN, or the newest of this name")
+    sub.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help="continue RUN (folder, name or URI), or the newest",
+    )
     sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
     sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
     sub.add_argument("--quiet", action="store_true", help="print events and the final table only")

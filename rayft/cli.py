@@ -40,19 +40,19 @@ def _refuse(why: object) -> int:
 
 def run(told: argparse.Namespace) -> int:
     """Fine-tune as FILE says."""
-    from rayft import cluster, store
+    from rayft import cluster, comeback, store
     from rayft import spec as specs
 
-    if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
+    if told.resume and told.file is not None and _is_run(told.file):
         told.resume, told.file = told.file, None
-    if isinstance(told.resume, str) and "=" in told.resume and not Path(told.resume).exists():
+    if isinstance(told.resume, str) and re.match(r"[\w.]+=", told.resume) and not Path(told.resume).exists():
         told.overrides, told.resume = [*told.overrides, told.resume], True  # `--resume key=value`: no folder is meant
     spec = None if told.file is None else specs.read(told.file, told.overrides)
-    folder = _folder_to_resume(told.resume, spec)
+    folder, home = comeback.meant(told.resume, spec, told.trust)
     if spec is None:
         if folder is None:
             raise ValueError("nothing to run: give a YAML, a Python file with a spec, or the name of a shipped config")
-        spec = specs.open_folder(folder)
+        spec = comeback.opened(folder, home)
     if spec.search is not None:
         raise ValueError(f"{spec.name} has a search: block: start it with `rayft tune`, or take the block out")
     if told.dry_run:
@@ -68,6 +68,10 @@ def run(told: argparse.Namespace) -> int:
         store.continues(found, spec.full())
         store.trusted(found, told.trust)
     return _run(told, spec, folder)
+
+
+def _is_run(text: str) -> bool:
+    return "://" in text or (Path(text) / "config.yaml").is_file()
 
 
 def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
@@ -90,22 +94,10 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
     print(f"report: {folder / 'report.html'}", file=sys.stderr)
     display.show(display.before_after({k.removeprefix("evaluate/"): v for k, v in row.items() if "evaluate/" in k}))
     if run.interrupted:
-        print(f"saved; continue with: rayft run --resume {folder}", file=sys.stderr)
+        where = folder if run.mirror is None else run.mirror.there.uri
+        print(f"saved; continue with: rayft run --resume {where}", file=sys.stderr)
         return 130
     return 0
-
-
-def _folder_to_resume(resume: Any, spec: Any) -> Path | None:
-    if isinstance(resume, str):
-        return Path(resume)
-    if resume is None or spec is None:
-        return None
-    named = re.compile(rf"{re.escape(spec.name)}(-\d+)?")
-    runs = [config.parent for config in Path(spec.output).glob("*/config.yaml")]
-    found = [run for run in runs if named.fullmatch(run.name)]
-    if not found:
-        raise ValueError(f"nothing to resume: no run named {spec.name!r} in {spec.output}; start it without --resume")
-    return max(found, key=lambda p: (p / "run.json").stat().st_mtime if (p / "run.json").is_file() else 0)
 
 
 def _start_ray(address: str | None, spec: Any, wait: float | None = None) -> None:
@@ -142,10 +134,12 @@ def tune(told: argparse.Namespace) -> int:
 
 def evaluate(told: argparse.Namespace) -> int:
     """Hold a checkpoint against J* and the frontier, with fresh samples."""
-    from rayft import display, store
+    from rayft import comeback, display, store
     from rayft.offline import judged
 
-    verdict = judged(store.load(Path(told.checkpoint)), told.chains, told.pretrained_chains, told.alpha, told.seed)
+    verdict = judged(
+        store.load(comeback.located(told.checkpoint)), told.chains, told.pretrained_chains, told.alpha, told.seed
+    )
     if told.json:
         print(json.dumps(verdict.scalars()))
     else:
@@ -157,14 +151,15 @@ def evaluate(told: argparse.Namespace) -> int:
 
 def sample(told: argparse.Namespace) -> int:
     """Draw finished events from a checkpoint, or from a domain's pretrained model."""
-    from rayft import sampling
+    from rayft import comeback, sampling
     from rayft import source as sources
 
     scored = told.score or told.reward is not None
     if told.top is not None and not scored:
         raise ValueError("--top takes the highest scores: add --score, or --reward NAME")
     asked = sources.Asked(scored, told.reward, told.guide, told.num_steps, told.overrides)
-    source = sources.find(told.source, asked)
+    where = str(comeback.located(told.source)) if "://" in told.source else told.source
+    source = sources.find(where, asked)
     out = _writable(Path(told.out))
     write = sampling.writer(source.domain, out)
     drawn = sampling.draw(source, told.num, told.seed)
@@ -245,9 +240,9 @@ def import_(told: argparse.Namespace) -> int:
 
 def export(told: argparse.Namespace) -> int:
     """Write the fine-tuned network as its own module loads it, or as another project's checkpoint."""
-    from rayft import store
+    from rayft import comeback, store
 
-    source, out = Path(told.checkpoint), Path(told.out)
+    source, out = comeback.located(told.checkpoint), Path(told.out)
     if told.format is None:
         from rayft.offline import exported
 
@@ -283,14 +278,15 @@ def _free(path: Path, force: bool) -> Path:
 
 def report(told: argparse.Namespace) -> int:
     """Write the report of a run or a sweep again from its files."""
+    from rayft import comeback, spec, sweep_page
     from rayft import report as reports
-    from rayft import spec, sweep_page
 
-    if (Path(told.run) / "sweep.json").is_file():
-        print(sweep_page.write(Path(told.run)))
+    run = comeback.located(told.run)
+    if (run / "sweep.json").is_file():
+        print(sweep_page.write(run))
         return 0
-    config = spec.open_folder(Path(told.run)).checked()
-    print(reports.write(Path(told.run), config.build_domain(), config.evaluation_alpha()))
+    config = spec.open_folder(run).checked()
+    print(reports.write(run, config.build_domain(), config.evaluation_alpha()))
     return 0
 
 
