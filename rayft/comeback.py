@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Any
 
 from rayft import mirror, storage
 from rayft import spec as specs
-from rayft.doctor import data_folder
 from rayft.spec import RunSpec
 
 
@@ -64,7 +62,7 @@ def located(text: str) -> Path:
     if not storage.is_uri(text):
         return Path(text)
     there = storage.place(text, "the path")
-    folder = data_folder() / "storage" / hashlib.sha256(text.encode()).hexdigest()[:12] / there.name
+    folder = storage.cache_folder(text)
     _said(there, lambda: mirror.bring(there, folder, whole=False))
     return folder
 

@@ -6,6 +6,7 @@ s3://BUCKET/runs?endpoint_override=HOST:9000&scheme=http    gs://BUCKET/runs    
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -229,6 +230,13 @@ def plainly(error: BaseException) -> str:
     found = re.search(r"AWS Error .*", text)
     text = re.sub(r"\s*\(Request ID:[^)]*\)", "", found[0] if found else text)
     return text[:200]
+
+
+def cache_folder(uri: str) -> Path:
+    """Where this machine keeps its copy of what lies at a URI."""
+    home = Path(os.environ.get("RAYFT_DATA") or "~/.cache/rayft").expanduser()
+    name = uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return home / "storage" / hashlib.sha256(uri.encode()).hexdigest()[:12] / name
 
 
 def copy_down(there: Place, names: list[str], folder: Path) -> None:

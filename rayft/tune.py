@@ -29,7 +29,7 @@ import ray
 import yaml
 from ray import tune
 
-from rayft import board, display, loop, steer, store, sweep, sweep_page
+from rayft import board, display, loop, steer, storage, store, sweep, sweep_page
 from rayft import search as searches
 from rayft import spec as specs
 from rayft.search import Search
@@ -121,7 +121,9 @@ class Sweep:
 
     def trainable(self) -> Any:
         folder = self.folder.resolve()
-        told = Told(self.search.banked(str(folder / "bank")), str(folder), os.getcwd(), self.search.objective)
+        away = None if self.spec.storage is None else storage.place(self.spec.storage).child(folder.name)
+        bank = str(folder / "bank") if away is None else away.child("bank").uri
+        told = Told(self.search.banked(bank), str(folder), os.getcwd(), self.search.objective)
         return tune.with_resources(tune.with_parameters(Trial, told=told), request(self.spec))
 
     def callbacks(self) -> list[Any]:
