@@ -26,6 +26,7 @@ import yaml
 
 from rayft import cluster, imports
 from rayft import spec as specs
+from rayft.plan import size_of
 from rayft.store import versions
 
 ENDED = ("SUCCEEDED", "STOPPED", "FAILED")
@@ -69,7 +70,6 @@ def door(address: str | None) -> str:
 
 def connect(address: str | None) -> Any:
     """A client of the job server, after its token and its version of Ray were found right."""
-    logging.getLogger("ray").setLevel(logging.WARNING)
     found = door(address)
     url = urlsplit(found)
     try:
@@ -81,6 +81,8 @@ def connect(address: str | None) -> Any:
         port = url.port or (443 if url.scheme == "https" else 80)
         socket.create_connection((url.hostname or "", port), timeout=10).close()
         client = JobSubmissionClient(found)
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         theirs = client._do_request("GET", "/api/version").json()["ray_version"]
     except AuthenticationError:
         raise ValueError(cluster.refused(found)) from None
@@ -113,26 +115,39 @@ def submit(client: Any, asked: Asked) -> str:
             f"{'with' if spec.search else 'without'} --tune"
         )
     name = _free_name(client, asked, spec)
-    with shipped(asked, spec) as (folder, where, file):
-        command = entrypoint(asked, spec, file, name)
-        left_out = [*LEFT_OUT, *([f"/{spec.output}"] if spec and not Path(spec.output).is_absolute() else [])]
+    with shipped(asked, spec) as (folder, where, file), tempfile.TemporaryDirectory() as scratch:
         environment = {
             "PYTHONUNBUFFERED": "1",
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_TIMEOUT),
             cluster.CLIENT: cluster.own_versions(),
         }
-        runtime = {"working_dir": str(folder), "excludes": left_out, "env_vars": environment}
+        runtime: dict[str, Any] = {"env_vars": environment}
+        if folder is not None:
+            left_out = [] if spec is None or Path(spec.output).is_absolute() else [f"/{spec.output}"]
+            runtime["working_dir"] = str(packed(folder, left_out, Path(scratch) / "tree.zip"))
         there = f"cd {shlex.quote(where)} && " if where else ""
+        command = there + entrypoint(asked, spec, file, name)
         try:
-            _taken(client, entrypoint=there + command, submission_id=name, runtime_env=runtime)
+            _taken(client, entrypoint=command, submission_id=name, runtime_env=runtime)
         except (RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())
             if "already exists" in said:
                 raise ValueError(_in_use(client, name)) from None
-            if "exceeds" in said or "too large" in said:
-                raise ValueError(_too_large(folder)) from None
             raise ValueError(f"the cluster did not take the job: {said[:300]}") from None
     return name
+
+
+def packed(folder: Path, left_out: Sequence[str], target: Path) -> Path:
+    """The tree as one file, without what .gitignore and .rayignore name; refused where Ray would not take it."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env import packaging
+
+    excludes = [*get_runtime_env_default_excludes(), *LEFT_OUT, *left_out]
+    packaging.create_package(str(folder), target, include_gitignore=True, excludes=excludes)
+    size = target.stat().st_size
+    if size >= packaging.GCS_STORAGE_MAX_SIZE:
+        raise ValueError(_too_large(folder, size, packaging.GCS_STORAGE_MAX_SIZE))
+    return target
 
 
 def _taken(client: Any, **told: Any) -> None:
@@ -165,16 +180,16 @@ def entrypoint(asked: Asked, spec: Any, file: str | None, name: str) -> str:
 
 
 @contextlib.contextmanager
-def shipped(asked: Asked, spec: Any) -> Iterator[tuple[Path, str, str | None]]:
+def shipped(asked: Asked, spec: Any) -> Iterator[tuple[Path | None, str, str | None]]:
     """(folder to ship, folder in it to start from, the config's name there), what it names being in sight."""
     if asked.installed:
         if asked.working_dir:
             raise ValueError("--installed ships no working tree: leave --working-dir out, or --installed")
+        if spec is None or asked.file in specs.configs():
+            yield None, "", asked.file
+            return
+        _in_sight(asked, spec, [])
         with tempfile.TemporaryDirectory() as folder:
-            if spec is None or asked.file in specs.configs():
-                yield Path(folder), "", asked.file
-                return
-            _in_sight(asked, spec, [])
             tree, name = specs.load_tree(asked.file or "")
             (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
             yield Path(folder), "", f"{name}.yaml"
@@ -238,13 +253,14 @@ def _in_use(client: Any, name: str) -> str:
     return f"the job name {name} is in use there ({status.lower()}): {what}, or give another with --name"
 
 
-def _too_large(folder: Path) -> str:
-    files = (path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+def _too_large(folder: Path, size: int, limit: int) -> str:
+    files = (path for path in folder.rglob("*") if path.is_file() and not {".git", ".venv"} & set(path.parts))
     sizes = sorted(((path.stat().st_size, path.relative_to(folder)) for path in files), reverse=True)
-    largest = ", ".join(f"{path} ({size / 1e6:.0f} MB)" for size, path in sizes[:3])
+    largest = ", ".join(f"{path} ({size_of(size)})" for size, path in sizes[:3])
     return (
-        f"the working tree {folder} is too large to ship, the largest files are {largest}: name what the job does not "
-        "need in .gitignore or .rayignore, ship another folder with --working-dir, or the config alone with --installed"
+        f"the working tree {folder} packs to {size_of(size)} and Ray ships {size_of(limit)} at most; the largest files "
+        f"are {largest}: name what the job does not need in .gitignore or .rayignore, ship another folder with "
+        "--working-dir, or the config alone with --installed"
     )
 
 

@@ -74,13 +74,13 @@ def _folder_name(name: str) -> str:
 
 def _plain_folder(text: str) -> str:
     if storage.is_uri(text):
-        raise ValueError(f"a run works in a folder of its machine and is kept at a URI: give storage={text}")
+        raise ValueError(f"{text!r} is a URI and a run works in a folder here: keep it there with storage={text}")
     return text
 
 
 def _kept_at(text: str) -> str:
     if not storage.is_uri(text) and not text.startswith("/"):
-        raise ValueError("give a URI such as s3://BUCKET/runs or file:///nfs/runs, or an absolute path")
+        raise ValueError(f"{text!r} is no URI: give s3://BUCKET/runs, file:///nfs/runs or an absolute path")
     return text
 
 

@@ -126,8 +126,9 @@ def test_a_claim_whose_owner_died_is_taken_over(tmp_path, monkeypatch):
     assert there.listing() == {}
 
 
+@pytest.mark.slow
 def test_rgdm_learns_from_a_bank_at_a_uri_as_from_one_here_and_pays_once(ray_session, bucket, machine, tmp_path):
-    small = ["training.chains=64", "training.minibatch_size=64", "iterations=2", "chain.num_steps=4", "--quiet"]
+    small = ["training.chains=512", "training.minibatch_size=512", "iterations=2", "chain.num_steps=4", "--quiet"]
     small += ["evaluate.every=0", "evaluate.chains=64", "evaluate.pretrained_chains=128", f"output={tmp_path / 'runs'}"]
     paid = []
     for name, bank in (("near", tmp_path / "bank"), ("one", bucket.format("rgdm")), ("two", bucket.format("rgdm"))):
