@@ -50,7 +50,7 @@ def reachable(address: str | None) -> None:
     if address.startswith("ray://"):
         return
     said = _knock(address)
-    if "InvalidAuthToken" in said or "Unauthenticated" in said:
+    if any(word in said for word in ("InvalidAuthToken", "Unauthenticated", "AuthenticationError")):
         raise ValueError(refused(address))
     if said != "in":
         raise ValueError(

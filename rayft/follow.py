@@ -124,6 +124,7 @@ async def _until_the_end(client: Any, name: str, reader: Reader) -> None:
             lost, status = lost or str(error), ""
         if status in ENDED and not lost:
             return
+        lost = lost or ("" if status in ENDED else "closed")  # the head itself ends a log with its job alone
         if status or reader.seen > before:
             pause, last, told = FIRST_PAUSE, time.monotonic(), told and not status
         if lost and not told:

@@ -118,7 +118,7 @@ def guarded(tmp_path_factory):
 
 
 def test_a_wrong_or_missing_token_is_one_sentence_that_says_where_it_is_read_and_never_the_token(guarded, tmp_path):
-    up, file = guarded
+    up, _ = guarded
     wrong = tmp_path / "wrong"
     wrong.write_text("b" * 64)
     run = ["run", "toy_ppo", f"output={tmp_path / 'runs'}", "--address", up.address]
@@ -128,7 +128,6 @@ def test_a_wrong_or_missing_token_is_one_sentence_that_says_where_it_is_read_and
     cases = {
         ("wrong", "status"): (status, f"is read from {wrong}: put"),
         ("wrong", "run"): (run, f"is read from {wrong}: put"),
-        ("missing", "status"): (status, "/nowhere/token, which does not exist"),
         ("missing", "run"): (run, "/nowhere/token, which does not exist"),
         ("variable", "status"): (status, "the environment variable RAY_AUTH_TOKEN"),
         ("off", "status"): (status, "RAY_AUTH_MODE=disabled sends none"),
@@ -142,11 +141,12 @@ def test_a_wrong_or_missing_token_is_one_sentence_that_says_where_it_is_read_and
     for case, process in started.items():
         said = process.communicate(timeout=60)[1]
         assert (process.returncode, said.count("\n")) == (2, 1), (case, said)
-        assert (cases[case][1] in said and "mode 600" in said) or "~/.ray/auth_token" in said, (case, said)
+        assert cases[case][1] in said, (case, said)
         assert "b" * 64 not in said and TOKEN not in said
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_with_the_right_token_one_comes_in(guarded):
     up, file = guarded
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
@@ -157,11 +157,12 @@ def test_with_the_right_token_one_comes_in(guarded):
     assert done.returncode == 0 and "jobs at" in done.stdout, done.stderr
 
 
-def test_a_port_that_speaks_something_else_is_refused(guarded):
+@pytest.mark.slow
+def test_a_port_that_speaks_something_else_is_refused(guarded, monkeypatch):
     up, _ = guarded
     dashboard = up.dashboard.removeprefix("http://")
     began = time.monotonic()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="is no Ray that can be joined"):
-        patch.setattr(cluster, "PROBE_TIMEOUT", 4.0)
+    monkeypatch.setattr(cluster, "PROBE_TIMEOUT", 4.0)
+    with pytest.raises(ValueError, match="is no Ray that can be joined"):
         cluster.reachable(dashboard)
     assert time.monotonic() - began < 15
