@@ -50,7 +50,7 @@ def reachable(address: str | None) -> None:
     if address.startswith("ray://"):
         return
     said = _knock(address)
-    if any(word in said for word in ("InvalidAuthToken", "Unauthenticated", "AuthenticationError")):
+    if any(word in said for word in ("InvalidAuthToken", "AuthenticationError", "authentication token", "RAY_AUTH_")):
         raise ValueError(refused(address))
     if said != "in":
         raise ValueError(

@@ -68,38 +68,45 @@ def job(head, tmp_path_factory):
 
 
 class Gate:
-    """A connection's way to ``port``, which can be cut and opened again."""
+    """A connection's way to ``port``, which is cut once a log is being followed through it, until somebody knocks."""
 
     def __init__(self, port):
         self.port, self.listener, self.pairs, self.open = port, socket.create_server(("127.0.0.1", 0)), [], True
+        self.knocks, self.following = 0, threading.Event()
         threading.Thread(target=self.serve, daemon=True).start()
+        threading.Thread(target=self.cut, daemon=True).start()
 
     def serve(self):
         while True:
-            with contextlib.suppress(OSError):
-                near = self.listener.accept()[0]
-                if not self.open:
-                    near.close()
-                    continue
-                far = socket.create_connection(("127.0.0.1", self.port))
-                self.pairs += [near, far]
-                for one, other in ((near, far), (far, near)):
-                    threading.Thread(target=self.pump, args=(one, other), daemon=True).start()
+            near = self.listener.accept()[0]
+            if not self.open:
+                self.knocks += 1
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self.port))
+            self.pairs += [near, far]
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self.pump, args=(one, other), daemon=True).start()
 
     def pump(self, one, other):
         with contextlib.suppress(OSError):
             while some := one.recv(65536):
                 other.sendall(some)
+                if b"/logs/tail" in some:
+                    self.following.set()
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def cut(self, seconds):
+    def cut(self):
+        self.following.wait()
+        time.sleep(1)
         self.open = False
         for end in self.pairs:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        time.sleep(seconds)
+        while self.knocks < 3:
+            time.sleep(0.05)
         self.open = True
 
 
@@ -124,7 +131,6 @@ def test_status_tells_of_all_jobs_or_of_one(job, capfd):
 def test_a_job_is_followed_like_a_run_of_ones_own_though_the_connection_drops(head, job, capfd):
     name, here = job
     gate = Gate(int(head.dashboard.rpartition(":")[2]))
-    threading.Timer(2.0, gate.cut, (1.5,)).start()
     address = f"http://127.0.0.1:{gate.listener.getsockname()[1]}"
     assert main(["logs", name, "--follow", "--address", address]) == 0
     out, said = capfd.readouterr()
