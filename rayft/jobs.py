@@ -80,7 +80,8 @@ def connect(address: str | None) -> Any:
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
         socket.create_connection((url.hostname or "", port), timeout=10).close()
-        client = JobSubmissionClient(found)
+        with _alone(found):
+            client = JobSubmissionClient(found)
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.WARNING)
         theirs = client._do_request("GET", "/api/version").json()["ray_version"]
@@ -99,6 +100,20 @@ def connect(address: str | None) -> Any:
     if theirs != ours:
         raise ValueError(f"the cluster runs Ray {theirs} and this machine {ours}; install the same on both")
     return client
+
+
+@contextlib.contextmanager
+def _alone(address: str) -> Iterator[None]:
+    """To Ray the environment's address stands above the one that it is given."""
+    before = {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    os.environ.update(dict.fromkeys(before, address))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 # -- submit
