@@ -32,6 +32,7 @@ from ray import tune
 from rayft import board, display, loop, steer, storage, store, sweep, sweep_page
 from rayft import search as searches
 from rayft import spec as specs
+from rayft.mirror import Mirror
 from rayft.search import Search
 from rayft.sweep import Outcome
 from rayft.trial import Told, Trial
@@ -142,6 +143,10 @@ class Sweep:
             self.keep(best, results)
         self.note(calls=dict(self.calls))
         sweep_page.write(self.folder)
+        if self.spec.storage is not None:
+            problem = Mirror(self.folder, storage.place(self.spec.storage).child(self.folder.name)).send()
+            if problem:
+                self.view.event(f"the sweep {problem}")
         return found
 
     def keep(self, best: Outcome, results: Any) -> None:

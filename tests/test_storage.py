@@ -255,3 +255,16 @@ def test_a_run_resumed_on_another_machine_has_the_bits_of_one_that_was_never_sto
     assert main(["report", uri]) == 0
     events = storage.place(uri).read("run.json")
     assert json.loads(events)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_sweep_shares_its_bank_at_the_storage_and_leaves_its_results_there(
+    ray_session, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAYFT_DATA", str(tmp_path / "data"))
+    told = ["search.trials=2", "iterations=2", "evaluate.every=1", f"output={tmp_path / 'runs'}", "name=sweep"]
+    assert main(["tune", "toy_rgdm_asha", *told, f"storage={tmp_path / 'store'}", "--quiet"]) == 0
+    there = storage.place(tmp_path / "store/sweep").listing()
+    assert {"report.html", "trials.csv", "best.yaml", "bank/manifest.json", "best/card.json"} <= there.keys()
+    assert any(name.startswith("bank/shard_") for name in there)
+    assert not (tmp_path / "runs/sweep/bank").exists()
