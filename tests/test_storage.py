@@ -258,9 +258,7 @@ def test_a_run_resumed_on_another_machine_has_the_bits_of_one_that_was_never_sto
 
 
 @pytest.mark.slow
-def test_a_sweep_shares_its_bank_at_the_storage_and_leaves_its_results_there(
-    ray_session, tmp_path, monkeypatch
-):
+def test_a_sweep_shares_its_bank_at_the_storage_and_leaves_its_results_there(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("RAYFT_DATA", str(tmp_path / "data"))
     told = ["search.trials=2", "iterations=2", "evaluate.every=1", f"output={tmp_path / 'runs'}", "name=sweep"]
     assert main(["tune", "toy_rgdm_asha", *told, f"storage={tmp_path / 'store'}", "--quiet"]) == 0
