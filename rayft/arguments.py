@@ -42,11 +42,18 @@ def parse(
 def _run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", nargs="?", help="YAML, Python file with a `spec`, or shipped config (`rayft configs`)")
     sub.add_argument("overrides", **OVERRIDES, help="for example training.lr=1e-4 seed=3")
-    sub.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue RUN, or the newest of this name")
+    sub.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help="continue RUN (folder, name or URI), or the newest",
+    )
     sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
     sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
     sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
     sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
+    sub.add_argument("--wait", type=_seconds, metavar="SECONDS", help="for a cluster that lacks room (30 s)")
 
 
 def _tune(sub: argparse.ArgumentParser) -> None:
@@ -56,6 +63,7 @@ def _tune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dry-run", action="store_true", help="print the checked search and what it needs; start nothing")
     sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
     sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
+    sub.add_argument("--wait", type=_seconds, metavar="SECONDS", help="for a cluster that lacks room (30 s)")
 
 
 def _evaluate(sub: argparse.ArgumentParser) -> None:
@@ -135,7 +143,43 @@ def _doctor(sub: argparse.ArgumentParser) -> None:
     """Nothing."""
 
 
-TAKES = (_run, _tune, _evaluate, _sample, _score, _recommend, _import, _export, _report, _pretrain, _configs, _doctor)
+def _door(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--address", help="the head's dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS")
+
+
+def _submit(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", nargs="?", help="YAML or Python file in the working tree, or a shipped config")
+    sub.add_argument("overrides", **OVERRIDES, help="for example storage=s3://bucket/runs")
+    _door(sub)
+    sub.add_argument("--name", help="of the job and its run; the run's own by default")
+    sub.add_argument("--tune", action="store_true", help="as `rayft tune`: FILE has a `search:` block")
+    sub.add_argument("--resume", nargs="?", const=True, metavar="NAME", help="continue the run NAME, also by its URI")
+    sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
+    sub.add_argument("--wait", type=_seconds, metavar="SECONDS", help="for a cluster that lacks room (30 s)")
+    sub.add_argument("--working-dir", metavar="DIR", help="the tree to ship instead of this folder; .gitignore holds")
+    sub.add_argument("--installed", action="store_true", help="ship the config alone; rayft is installed there")
+    sub.add_argument("--no-follow", action="store_true", help="return once the cluster has taken the job")
+    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
+
+
+def _status(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("name", nargs="?", help="a job; all of them by default")
+    _door(sub)
+
+
+def _stop(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("name", help="a job")
+    _door(sub)
+
+
+def _logs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("name", help="a job")
+    _door(sub)
+    sub.add_argument("--follow", action="store_true", help="until its end, as a run of one's own is shown")
+
+
+LOCAL = (_run, _tune, _evaluate, _sample, _score, _recommend, _import, _export, _report, _pretrain, _configs, _doctor)
+TAKES = (*LOCAL, _submit, _status, _stop, _logs)
 OPTIONS = {takes.__name__.removeprefix("_"): takes for takes in TAKES}
 
 
@@ -156,6 +200,10 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} should be a number above 0")
     return value
+
+
+def _seconds(text: str) -> float:
+    return 0.0 if text == "0" else _positive(text)
 
 
 def _count(text: str) -> int:

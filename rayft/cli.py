@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,19 +40,19 @@ def _refuse(why: object) -> int:
 
 def run(told: argparse.Namespace) -> int:
     """Fine-tune as FILE says."""
+    from rayft import cluster, comeback, store
     from rayft import spec as specs
-    from rayft import store
 
-    if told.resume and told.file is not None and (Path(told.file) / "config.yaml").is_file():
+    if told.resume and told.file is not None and _is_run(told.file):
         told.resume, told.file = told.file, None
-    if isinstance(told.resume, str) and "=" in told.resume and not Path(told.resume).exists():
+    if isinstance(told.resume, str) and re.match(r"[\w.]+=", told.resume) and not Path(told.resume).exists():
         told.overrides, told.resume = [*told.overrides, told.resume], True  # `--resume key=value`: no folder is meant
     spec = None if told.file is None else specs.read(told.file, told.overrides)
-    folder = _folder_to_resume(told.resume, spec)
+    folder, home = comeback.meant(told.resume, spec, told.trust)
     if spec is None:
         if folder is None:
             raise ValueError("nothing to run: give a YAML, a Python file with a spec, or the name of a shipped config")
-        spec = specs.open_folder(folder)
+        spec = comeback.opened(folder, home)
     if spec.search is not None:
         raise ValueError(f"{spec.name} has a search: block: start it with `rayft tune`, or take the block out")
     if told.dry_run:
@@ -62,12 +61,17 @@ def run(told: argparse.Namespace) -> int:
         print(plan(spec))
         return 0
     spec.tried()
-    _reachable(told.address)
+    cluster.same_as_client()
+    cluster.reachable(told.address)
     found = None if folder is None else store.newest(folder)
     if found is not None:
         store.continues(found, spec.full())
         store.trusted(found, told.trust)
     return _run(told, spec, folder)
+
+
+def _is_run(text: str) -> bool:
+    return "://" in text or (Path(text) / "config.yaml").is_file()
 
 
 def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
@@ -76,8 +80,8 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
     fresh = folder is None
     folder = loop.create_folder(spec) if folder is None else folder
     try:
-        _start_ray(told.address, spec)
-    except ValueError:
+        _start_ray(told.address, spec, told.wait)
+    except (ValueError, KeyboardInterrupt):
         if fresh:
             shutil.rmtree(folder)
         raise
@@ -90,61 +94,28 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
     print(f"report: {folder / 'report.html'}", file=sys.stderr)
     display.show(display.before_after({k.removeprefix("evaluate/"): v for k, v in row.items() if "evaluate/" in k}))
     if run.interrupted:
-        print(f"saved; continue with: rayft run --resume {folder}", file=sys.stderr)
+        where = folder if run.mirror is None else run.mirror.there.uri
+        print(f"saved; continue with: rayft run --resume {where}", file=sys.stderr)
         return 130
     return 0
 
 
-def _folder_to_resume(resume: Any, spec: Any) -> Path | None:
-    if isinstance(resume, str):
-        return Path(resume)
-    if resume is None or spec is None:
-        return None
-    named = re.compile(rf"{re.escape(spec.name)}(-\d+)?")
-    runs = [config.parent for config in Path(spec.output).glob("*/config.yaml")]
-    found = [run for run in runs if named.fullmatch(run.name)]
-    if not found:
-        raise ValueError(f"nothing to resume: no run named {spec.name!r} in {spec.output}; start it without --resume")
-    return max(found, key=lambda p: (p / "run.json").stat().st_mtime if (p / "run.json").is_file() else 0)
-
-
-def _reachable(address: str | None) -> None:
-    """Ray itself would try for two minutes and then end the process."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if address and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            why = f"no Ray answers at {address} ({error.strerror or error})"
-            raise ValueError(f"{why}; start one with `ray start --head`, or leave --address out") from None
-
-
-def _join_ray(address: str | None) -> None:
-    import logging
-
+def _start_ray(address: str | None, spec: Any, wait: float | None = None) -> None:
     import ray
 
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not ray.is_initialized():
-        ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-
-
-def _start_ray(address: str | None, spec: Any) -> None:
-    import ray
-
+    from rayft import cluster
     from rayft.plan import shortage
 
-    _join_ray(address)
-    lacking = shortage(spec, ray.cluster_resources())
-    if lacking and address is None:
+    cluster.join(address)
+    if address is not None:
+        cluster.has_room(cluster.wanted(spec), wait, lambda text: print(text, file=sys.stderr))
+    elif lacking := shortage(spec, ray.cluster_resources()):
         raise ValueError(f"{lacking}; lower resources or scoring.actors, or join a larger cluster with --address")
-    if lacking:
-        print(f"{lacking}: the run waits until there is more", file=sys.stderr)
 
 
 def tune(told: argparse.Namespace) -> int:
     """Search hyper-parameters as FILE's search: block says."""
+    from rayft import cluster
     from rayft import tune as tuning
 
     spec, folder = tuning.asked(told.file, told.overrides, told.resume)
@@ -152,17 +123,23 @@ def tune(told: argparse.Namespace) -> int:
         print(tuning.plan(spec))
         return 0
     found = tuning.tried(spec)
-    _reachable(told.address)
-    _join_ray(told.address)
+    cluster.same_as_client()
+    cluster.reachable(told.address)
+    cluster.join(told.address)
+    if told.address is not None:
+        one = {"trial": tuning.request(spec).bundles}
+        cluster.has_room(one, told.wait, lambda text: print(text, file=sys.stderr))
     return tuning.run(spec, found, folder, told.quiet)
 
 
 def evaluate(told: argparse.Namespace) -> int:
     """Hold a checkpoint against J* and the frontier, with fresh samples."""
-    from rayft import display, store
+    from rayft import comeback, display, store
     from rayft.offline import judged
 
-    verdict = judged(store.load(Path(told.checkpoint)), told.chains, told.pretrained_chains, told.alpha, told.seed)
+    verdict = judged(
+        store.load(comeback.located(told.checkpoint)), told.chains, told.pretrained_chains, told.alpha, told.seed
+    )
     if told.json:
         print(json.dumps(verdict.scalars()))
     else:
@@ -174,14 +151,15 @@ def evaluate(told: argparse.Namespace) -> int:
 
 def sample(told: argparse.Namespace) -> int:
     """Draw finished events from a checkpoint, or from a domain's pretrained model."""
-    from rayft import sampling
+    from rayft import comeback, sampling
     from rayft import source as sources
 
     scored = told.score or told.reward is not None
     if told.top is not None and not scored:
         raise ValueError("--top takes the highest scores: add --score, or --reward NAME")
     asked = sources.Asked(scored, told.reward, told.guide, told.num_steps, told.overrides)
-    source = sources.find(told.source, asked)
+    where = str(comeback.located(told.source)) if "://" in told.source else told.source
+    source = sources.find(where, asked)
     out = _writable(Path(told.out))
     write = sampling.writer(source.domain, out)
     drawn = sampling.draw(source, told.num, told.seed)
@@ -262,9 +240,9 @@ def import_(told: argparse.Namespace) -> int:
 
 def export(told: argparse.Namespace) -> int:
     """Write the fine-tuned network as its own module loads it, or as another project's checkpoint."""
-    from rayft import store
+    from rayft import comeback, store
 
-    source, out = Path(told.checkpoint), Path(told.out)
+    source, out = comeback.located(told.checkpoint), Path(told.out)
     if told.format is None:
         from rayft.offline import exported
 
@@ -300,14 +278,15 @@ def _free(path: Path, force: bool) -> Path:
 
 def report(told: argparse.Namespace) -> int:
     """Write the report of a run or a sweep again from its files."""
+    from rayft import comeback, spec, sweep_page
     from rayft import report as reports
-    from rayft import spec, sweep_page
 
-    if (Path(told.run) / "sweep.json").is_file():
-        print(sweep_page.write(Path(told.run)))
+    run = comeback.located(told.run)
+    if (run / "sweep.json").is_file():
+        print(sweep_page.write(run))
         return 0
-    config = spec.open_folder(Path(told.run)).checked()
-    print(reports.write(Path(told.run), config.build_domain(), config.evaluation_alpha()))
+    config = spec.open_folder(run).checked()
+    print(reports.write(run, config.build_domain(), config.evaluation_alpha()))
     return 0
 
 
@@ -349,6 +328,49 @@ def doctor(told: argparse.Namespace) -> int:
     return checks.render(checks.checks())
 
 
+def submit(told: argparse.Namespace) -> int:
+    """Run FILE as a job of a cluster, and follow it."""
+    from rayft import follow, jobs
+
+    if told.resume and told.file is not None and "://" in told.file:
+        told.resume, told.file = told.file, None
+    keys = {key: getattr(told, key) for key in vars(jobs.Asked("")) if hasattr(told, key)}
+    client = jobs.connect(told.address)
+    name = jobs.submit(client, jobs.Asked(**keys))
+    back = f"rayft logs {name} --follow --address {jobs.door(told.address)}"
+    print(f"submitted {name}; come back with: {back}", file=sys.stderr)
+    return 0 if told.no_follow else follow.follow(client, name, told.quiet)
+
+
+def status(told: argparse.Namespace) -> int:
+    """Say how the jobs of a cluster stand."""
+    from rayft import display, follow, jobs
+
+    client = jobs.connect(told.address)
+    display.show(follow.table(jobs.known(client, told.name) if told.name else None, client))
+    return 0
+
+
+def stop(told: argparse.Namespace) -> int:
+    """End a job after its iteration, saved."""
+    from rayft import jobs
+
+    print(jobs.stop(jobs.connect(told.address), told.name))
+    return 0
+
+
+def logs(told: argparse.Namespace) -> int:
+    """Print a job's log, or follow it."""
+    from rayft import follow, jobs
+
+    client = jobs.connect(told.address)
+    jobs.known(client, told.name)
+    if told.follow:
+        return follow.follow(client, told.name)
+    print(client.get_job_logs(told.name), end="")
+    return 0
+
+
 def _writable(path: Path) -> Path:
     folder = path.resolve().parent
     if path.exists() and not path.is_file():
@@ -359,7 +381,8 @@ def _writable(path: Path) -> Path:
     return path
 
 
-COMMANDS = (run, tune, evaluate, sample, score, recommend, import_, export, report, pretrain, configs, doctor)
+LOCAL = (run, tune, evaluate, sample, score, recommend, import_, export, report, pretrain, configs, doctor)
+COMMANDS = (*LOCAL, submit, status, stop, logs)
 
 if __name__ == "__main__":
     sys.exit(main())

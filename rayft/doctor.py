@@ -52,6 +52,7 @@ def checks() -> Iterator[Check]:
     yield _optional("rdkit", "molecules")
     yield _optional("tblite", "xtb")
     yield _optional("vina", "docking")
+    yield _optional("aiohttp_cors", "cluster")
     yield _open3d()
     yield _ray_token()
     yield _ray_ports()

@@ -24,9 +24,10 @@ import yaml
 from ray.exceptions import RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from rayft import report, store
+from rayft import report, storage, store
 from rayft.guards import Guard, Trip, watch
 from rayft.interrupt import told_to_stop
+from rayft.mirror import Mirror, taken
 from rayft.spec import RunSpec
 from rayft.table import Table
 from rayft.track import Tracker, open_trackers
@@ -52,6 +53,7 @@ class Run:
     algo: Any = None  # a DiffusionRL once open
     guards: list[Guard] = field(default_factory=list)
     trackers: list[Tracker] = field(default_factory=list)
+    mirror: Mirror | None = None  # where the run is kept as well
     interrupted: bool = False
     failures: int = 0
     started: float = 0.0
@@ -68,8 +70,11 @@ class Run:
             torch.set_num_threads(self.spec.resources.torch_threads)
         self.table = Table(self.folder / "metrics.csv")
         self.note(status="running", started=now(), command=sys.argv, spec_file="config.yaml", **facts(self.spec))
+        if self.spec.storage is not None:
+            self.mirror = Mirror(self.folder, storage.place(self.spec.storage).child(self.name))
         with told_to_stop(self.stop):
             try:
+                self.keep("the run", at_start=True)
                 self.open(resume)
                 self.trackers = open_trackers(self.spec.track, self.folder, self.spec.full())
                 self.started = time.monotonic() - self.table.last("time_s", 0.0)
@@ -82,6 +87,7 @@ class Run:
                     tracker.close()
                 if self.algo is not None:
                     self.algo.stop()
+                self.keep("the end of the run")
 
     def iterate(self) -> str:
         """Steps until the end, a guard's trip or Ctrl-C; how it ended."""
@@ -215,7 +221,16 @@ class Run:
                 store.mark_best(self.folder, saved, score)
         store.prune(self.folder, self.spec.checkpoint.keep)
         self.save_meter()
+        self.keep(saved.path.name)
         return saved
+
+    def keep(self, what: str, at_start: bool = False) -> None:
+        """Sends what is new to the storage. That it cannot be sent ends a run at its start alone."""
+        problem = self.mirror.send() if self.mirror is not None else ""
+        if problem and at_start:
+            raise ValueError(f"{what} {problem}: give another storage=URI")
+        if problem:
+            self.event("storage", f"{what} {problem}; it is tried again at the next checkpoint")
 
     def save_verdict(self, verdict: Verdict) -> None:
         path = self.folder / "evaluations" / f"iteration_{self.algo.iteration:06d}.npz"
@@ -265,11 +280,15 @@ class Run:
 
 
 def create_folder(spec: RunSpec) -> Path:
-    """``output/name``, or ``name-2`` where that is taken, with the checked config in it."""
+    """``output/name``, or ``name-2`` where that is taken, here or on the storage, with the checked config in it."""
     root = Path(spec.output)
     number = 1
+    away = (lambda name: False) if spec.storage is None else taken(storage.ready(spec.storage))
     while True:
         folder = root / (spec.name if number == 1 else f"{spec.name}-{number}")
+        if away(folder.name):
+            number += 1
+            continue
         try:
             folder.mkdir(parents=True)
             break

@@ -22,7 +22,8 @@ from rayft.settings import NUMBER, STRICT, Count, Positive, check, defaults
 
 RANGES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "lograndint": 2}  # how many numbers each takes
 LISTS = ("choice", "grid")
-SAME_FOR_ALL = ("algorithm", "name", "output", "iterations", "evaluate", "resources", "checkpoint", "track", "search")
+PLACES = ("output", "storage")
+SAME_FOR_ALL = ("algorithm", "name", *PLACES, "iterations", "evaluate", "resources", "checkpoint", "track", "search")
 FIXED = ("precision", "ema", "bank", "bank_pairs", "radii", "payoff_actors", "payoff_lead")  # of training, once begun
 BANKED = (
     "num_candidates",

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rayft import adapt, algorithms, domain, imports
+from rayft import adapt, algorithms, domain, imports, storage
 from rayft.algorithms.base import open_service
 from rayft.algorithms.config import SECTIONS, DiffusionConfig
 from rayft.settings import STRICT, Count, CountOrZero, NonNegative, check, sentence
@@ -72,6 +72,18 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _plain_folder(text: str) -> str:
+    if storage.is_uri(text):
+        raise ValueError(f"{text!r} is a URI and a run works in a folder here: keep it there with storage={text}")
+    return text
+
+
+def _kept_at(text: str) -> str:
+    if not storage.is_uri(text) and not text.startswith("/"):
+        raise ValueError(f"{text!r} is no URI: give s3://BUCKET/runs, file:///nfs/runs or an absolute path")
+    return text
+
+
 Named = Annotated[dict[str, Any], BeforeValidator(_named)]
 Watched = list[str | dict[str, Any]] | dict[str, str | dict[str, Any]]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
@@ -98,7 +110,10 @@ class RunSpec(BaseModel):
     checkpoint: CheckpointSettings = CheckpointSettings()
     track: TrackSettings = TrackSettings()
     search: dict[str, Any] | None = None
-    output: str = "runs"
+    output: Annotated[str, AfterValidator(_plain_folder)] = "runs"
+    """Folder in which a run works, on this machine."""
+    storage: Annotated[str, AfterValidator(_kept_at)] | None = None
+    """URI at which it is kept as well, and can be resumed from by any machine: s3://BUCKET/runs, file:///nfs/runs."""
 
     def config(self) -> DiffusionConfig:
         """The RLlib configuration, not yet validated."""

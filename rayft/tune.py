@@ -29,9 +29,10 @@ import ray
 import yaml
 from ray import tune
 
-from rayft import board, display, loop, steer, store, sweep, sweep_page
+from rayft import board, display, loop, steer, storage, store, sweep, sweep_page
 from rayft import search as searches
 from rayft import spec as specs
+from rayft.mirror import Mirror
 from rayft.search import Search
 from rayft.sweep import Outcome
 from rayft.trial import Told, Trial
@@ -121,7 +122,9 @@ class Sweep:
 
     def trainable(self) -> Any:
         folder = self.folder.resolve()
-        told = Told(self.search.banked(str(folder / "bank")), str(folder), os.getcwd(), self.search.objective)
+        away = None if self.spec.storage is None else storage.place(self.spec.storage).child(folder.name)
+        bank = str(folder / "bank") if away is None else away.child("bank").uri
+        told = Told(self.search.banked(bank), str(folder), os.getcwd(), self.search.objective)
         return tune.with_resources(tune.with_parameters(Trial, told=told), request(self.spec))
 
     def callbacks(self) -> list[Any]:
@@ -140,6 +143,10 @@ class Sweep:
             self.keep(best, results)
         self.note(calls=dict(self.calls))
         sweep_page.write(self.folder)
+        if self.spec.storage is not None:
+            problem = Mirror(self.folder, storage.place(self.spec.storage).child(self.folder.name)).send()
+            if problem:
+                self.view.event(f"the sweep {problem}")
         return found
 
     def keep(self, best: Outcome, results: Any) -> None:

@@ -35,6 +35,7 @@ SMALL = [
     "evaluate.pretrained_chains=2048",
 ]
 COMMANDS = ["run", "evaluate", "sample", "score", "import", "export", "report", "pretrain", "configs", "doctor"]
+COMMANDS += ["submit", "status", "stop", "logs"]
 
 
 @pytest.fixture(scope="module")

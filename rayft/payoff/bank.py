@@ -2,6 +2,9 @@
 
     FOLDER/  manifest.json  shard_000000.arrow  shard_000001.arrow ...
 
+A bank at a URI has such a folder on every machine that reads it: a shard is fetched when it is asked for, and sent when
+it was made.
+
 Shard n is a function of the manifest and n alone, so whoever needs one that is missing makes it (under a lock, so that
 nobody else does), and one whose writer was killed is made again. It holds the seed of its noise rather than the noise.
 """
@@ -12,14 +15,19 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from rayft.payoff.lease import lease
+from rayft.storage import Place, cache_folder, is_uri, patiently, plainly, ready, whole_uri
 
 FORMAT = 1
 CONTEXT, PART = "context/", "part/"
@@ -104,6 +112,8 @@ class Bank:
 
     folder: Path
     manifest: dict[str, Any]
+    there: Place | None = None  # where all machines have it from
+    unsent: set[int] = field(default_factory=set)  # shards that did not get there
 
     @property
     def shard_pairs(self) -> int:
@@ -113,30 +123,86 @@ class Bank:
     @cached_property
     def numbers(self) -> list[int]:
         """Shards that were there when this was first asked."""
-        return sorted(int(path.stem.removeprefix("shard_")) for path in self.folder.glob("shard_*.arrow"))
+        here = [path.name for path in self.folder.glob("shard_*.arrow")]
+        away = [] if self.there is None else [n for n in patiently(self.there.listing) if n.startswith("shard_")]
+        return sorted({int(Path(name).stem.removeprefix("shard_")) for name in (*here, *away)})
 
     def path(self, number: int) -> Path:
         return self.folder / f"shard_{number:06d}.arrow"
 
     def has(self, number: int) -> bool:
-        return self.path(number).is_file()
+        there, path = self.there, self.path(number)
+        return path.is_file() or (there is not None and patiently(lambda: there.has(path.name)))
 
     def read(self, number: int) -> Shard:
-        return load(self.path(number))
+        there, path = self.there, self.path(number)
+        if there is not None and not path.is_file():
+            patiently(lambda: there.get(path.name, path))
+        return load(path)
 
     def write(self, shard: Shard) -> None:
+        """Here, and then there: what cannot be sent is told and goes with the next one."""
         save(shard, self.path(shard.number))
+        there = self.there
+        if there is None:
+            return
+        self.unsent.add(shard.number)
+        try:
+            for number in sorted(self.unsent):
+                path = self.path(number)
+                patiently(lambda path=path: there.put(path, path.name))
+                self.unsent.discard(number)
+        except (OSError, pa.ArrowException) as error:
+            warnings.warn(
+                f"{len(self.unsent)} shards of the bank {there.uri} lie on this machine alone ({plainly(error)}); "
+                "they are sent with the next one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def claim(self, number: int) -> Iterator[None]:
-        """Alone with this shard, among all processes of this machine; freed by the death of whoever holds it."""
+        """Alone with this shard, among all processes of this machine, and all machines where the bank is at a URI.
+
+        Freed by the death of whoever holds it.
+        """
         with (self.folder / f".shard_{number:06d}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            if self.there is None or self.has(number):
+                yield
+                return
+            with lease(self.there, f"shard_{number:06d}"):
+                yield
 
 
 def open_bank(folder: Path, manifest: Mapping[str, Any]) -> Bank:
-    """The bank in ``folder``, begun where there is none. Refuses one that was made for something else."""
+    """The bank in ``folder``, or at the URI, begun where there is none. Refuses one made for something else."""
+    if is_uri(folder):
+        return _open_away(ready(whole_uri(folder), "training.bank"), manifest)
+    return _open_here(folder, manifest)
+
+
+def _open_away(there: Place, manifest: Mapping[str, Any]) -> Bank:
+    """This machine's part of the bank at a URI: of another bank that was there before, nothing is kept."""
+    folder = cache_folder(there.uri)
+    try:
+        with lease(there, "manifest"):
+            found = there.read("manifest.json")
+            if found is None:
+                if any(name.startswith("shard_") for name in there.listing()):
+                    raise ValueError(f"{there.uri} has shards and no manifest.json; choose another with training.bank")
+                found = json.dumps(json.loads(json.dumps({"format": FORMAT, **manifest})), indent=1).encode()
+                there.write("manifest.json", found)
+        if not (folder / "manifest.json").is_file() or (folder / "manifest.json").read_bytes() != found:
+            shutil.rmtree(folder, ignore_errors=True)
+            there.get("manifest.json", folder / "manifest.json")
+    except (OSError, pa.ArrowException) as error:
+        why = f"cannot keep a bank at {there.uri} ({plainly(error)})"
+        raise ValueError(f"{why}; choose another with training.bank") from None
+    return replace(_open_here(folder, manifest, there.uri), there=there)
+
+
+def _open_here(folder: Path, manifest: Mapping[str, Any], name: str = "") -> Bank:
     told = json.loads(json.dumps({"format": FORMAT, **manifest}))
     path = folder / "manifest.json"
     try:
@@ -158,7 +224,7 @@ def open_bank(folder: Path, manifest: Mapping[str, Any]) -> Bank:
     for key in told:
         if key != "shard_pairs" and found.get(key) != told[key]:
             raise ValueError(
-                f"the bank in {folder} was made with {key} {_short(found.get(key))}, and this run has "
+                f"the bank in {name or folder} was made with {key} {_short(found.get(key))}, and this run has "
                 f"{_short(told[key])}: choose another folder with training.bank, or run with what it was made for"
             )
     return Bank(folder, found)

@@ -20,7 +20,9 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayft.rewards.shelf import SCHEMA, Entry, Found, Store
+from rayft.rewards.away import AwayStore, open_store
+from rayft.rewards.shelf import SCHEMA, Entry, Found
+from rayft.storage import is_uri
 
 WAIT = 60.0  # seconds for the actor to answer
 OUTSTANDING = 8  # puts under way
@@ -47,7 +49,7 @@ def unpack(packed: Packed) -> dict[bytes, Entry]:
 class CacheActor:
     """The one process of a cluster that holds a file open. Every answer comes with what a person should be told."""
 
-    def __init__(self, path: Path | None, max_mb: float) -> None:
+    def __init__(self, path: Path | str | None, max_mb: float) -> None:
         self.path, self.max_mb = path, max_mb
         self.store: Any = None
         gc.freeze()  # thousands of entries an answer start full collections; what is imported need not be gone through
@@ -55,7 +57,7 @@ class CacheActor:
     def open(self, max_mb: float) -> str:
         """Why it cannot serve, or nothing. Who opens last says how large the file may be."""
         try:
-            self.store = self.store or Store(self.path, max_mb)
+            self.store = self.store or open_store(self.path, max_mb)
             self.store.max_mb = max_mb
         except ValueError as error:
             return str(error)
@@ -71,6 +73,12 @@ class CacheActor:
     def stats(self) -> tuple[dict[str, Any], str]:
         return self.store.stats(), self.store.news()
 
+    def send(self) -> tuple[None, str]:
+        """To the URI that it is kept at, if it is."""
+        if isinstance(self.store, AwayStore):
+            self.store.send()
+        return None, self.store.news()
+
 
 class SharedCache:
     """The cache as the one who scores sees it: an actor's where Ray is up, else this process's own.
@@ -81,11 +89,13 @@ class SharedCache:
     """
 
     def __init__(self, path: str | Path | None, max_mb: float = 1024, keep_failures: bool = False) -> None:
-        self.path = None if path is None or str(path) == "memory" else Path(path).expanduser().resolve()
+        self.path: Path | str | None = None
+        if path is not None and str(path) != "memory":
+            self.path = str(path) if is_uri(path) else Path(path).expanduser().resolve()
         self.max_mb, self.keep_failures, self.lost = max_mb, keep_failures, False
         self.lock = threading.RLock()
         self.outstanding: deque[tuple[Any, Packed]] = deque()
-        self.store = None if ray.is_initialized() else Store(self.path, max_mb)
+        self.store = None if ray.is_initialized() else open_store(self.path, max_mb)
         self.actor: Any = None if self.store else self._reach()
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
@@ -132,6 +142,8 @@ class SharedCache:
         self.flush()
         if self.store:
             self.store.close()
+        elif is_uri(self.path):
+            self._surely(lambda: self._get(self.actor.send.remote()), None)
         self.actor, self.lost = None, True
 
     def _surely(self, ask: Callable[[], Found], otherwise: Found) -> Found:
