@@ -22,6 +22,7 @@ from ray._private.state import state
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayft.plan import actors
 from rayft.spec import RunSpec
 from rayft.store import versions
 
@@ -164,15 +165,9 @@ def same_as_client() -> None:
 
 def wanted(spec: RunSpec) -> dict[str, list[Bundle]]:
     """What a run's actors reserve, by their kind."""
-    told = spec.resources
-    kinds = [
-        ("runner", told.num_env_runners, told.num_cpus_per_env_runner, told.num_gpus_per_env_runner),
-        ("learner", told.num_learners, told.num_cpus_per_learner, told.num_gpus_per_learner),
-        *((name.removesuffix("s"), *rest) for name, *rest in spec.checked().own_actors()),
-    ]
     return {
-        name: [{k: v for k, v in {"CPU": cpus, "GPU": gpus, **dict(*more)}.items() if v}] * number
-        for name, number, cpus, gpus, *more in kinds
+        name.removesuffix("s"): [{k: v for k, v in each.items() if v}] * number
+        for name, number, each in actors(spec)
         if number
     }
 

@@ -49,14 +49,14 @@ def placement(spec: RunSpec) -> list[str]:
         f"{number} x {name}: {', '.join(f'{amount:g} {kind}' for kind, amount in each.items())} each"
         if number
         else f"{name}: in the driver"
-        for name, number, each in [("driver", 1, {"CPU": 1.0, "GPU": 0.0}), *_actors(spec)]
+        for name, number, each in [("driver", 1, {"CPU": 1.0, "GPU": 0.0}), *actors(spec)]
     ]
 
 
 def shortage(spec: RunSpec, cluster: Mapping[str, float]) -> str | None:
     """What the run asks for beyond what the cluster has; Ray would wait for it without a word."""
     asked: Counter[str] = Counter()
-    for _, number, each in _actors(spec):
+    for _, number, each in actors(spec):
         asked.update({kind: number * amount for kind, amount in each.items()})
     for kind, wanted in asked.items():
         if wanted > cluster.get(kind, 0.0):
@@ -64,7 +64,8 @@ def shortage(spec: RunSpec, cluster: Mapping[str, float]) -> str | None:
     return None
 
 
-def _actors(spec: RunSpec) -> list[tuple[str, int, dict[str, float]]]:
+def actors(spec: RunSpec) -> list[tuple[str, int, dict[str, float]]]:
+    """(what they are, how many, what each reserves) of all but the driver."""
     told = spec.resources
     runner = {"CPU": told.num_cpus_per_env_runner, "GPU": told.num_gpus_per_env_runner}
     learner = {"CPU": told.num_cpus_per_learner, "GPU": told.num_gpus_per_learner}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from rayft.chain import Chains
 
@@ -26,6 +26,13 @@ class Credit:
 
 
 Creditor = Callable[[Chains], Credit]  # travels to where the chains are read: a function of a module, and small numbers
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What a creditor raised."""
+
+    error: Exception
 
 
 class Lost(Exception):  # noqa: N818
@@ -43,20 +50,27 @@ def credited(group: Any, creditor: Creditor, parts: list[ray.ObjectRef], homes: 
     if len(made) < len(first):
         raise RayActorError(error_msg="a learner was lost")
     for found in made.values():
-        if isinstance(found, ObjectLostError):
-            raise Lost from found
-        if isinstance(found, BaseException):
+        if found is None:
+            raise Lost
+        if isinstance(found, Refused):
+            raise found.error
+        if isinstance(found, RayError):
             raise found
     refs = [made[first[node]][0] for node in homes]
     return Credit(refs, *made[0][1:])
 
 
 def _made(learner: Any, creditor: Creditor, parts: list[ray.ObjectRef]) -> Any:
-    """(reference to the rows, scalars, logged), or what went wrong: RLlib ends an actor that raises."""
+    """(reference to the rows, scalars, logged), None where chains are lost, or what went wrong.
+
+    RLlib would take a learner that raises for a dead one.
+    """
     try:
         credit = creditor(Chains.join(ray.get(parts)))
+    except ObjectLostError:
+        return None
     except Exception as error:
-        return error
+        return Refused(error)
     return ray.put(credit.chains), credit.scalars, credit.logged
 
 
