@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 BENCHMARKS ?= $(basename $(notdir $(filter-out benchmarks/_% benchmarks/table%.py,$(wildcard benchmarks/*.py))))
 BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
+CLUSTER ?= cluster
+# processes that make test runs the tests in, each with a Ray of its own
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo molecules shapes table1 test test-slow test-cluster wheel lint types layers check bench clean
@@ -47,13 +50,13 @@ table1: install
 	$(BIN)/python -m benchmarks.table1 $(if $(DATA),--data $(DATA))
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=10 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_FLAGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not cluster" --durations=10 --timeout=1800 $(PYTEST_FLAGS)
 
 test-cluster: install
-	$(BIN)/python -m pytest -m cluster -rs -s --durations=3 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "$(CLUSTER)" -rs -s --durations=3 --timeout=900 $(PYTEST_FLAGS)
 
 wheel: install
 	rm -rf build dist

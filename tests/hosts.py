@@ -79,6 +79,15 @@ class Host:
         """What it sees as /tmp/ray: sessions and their logs."""
         return self.folder / "tmp"
 
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Runs on, and neither hears nor is heard."""
+        _ip("link", "set", f"v{self.name}", "down")
+        try:
+            yield
+        finally:
+            _ip("link", "set", f"v{self.name}", "up")
+
     def pids(self) -> dict[int, str]:
         """Process id, as this machine sees it -> command line, of everything that runs there."""
         inside = _namespace(self.init)

@@ -61,9 +61,12 @@ SWEEP = COMMON | {
 }
 
 
-def submitted(name: str, command: str) -> str:
+ONE_ON_EACH = "'scoring.resources={reward: 1.5}'"  # of the 2 that a host with two cores offers
+
+
+def submitted(name: str, told: str) -> str:
     """The command that submits a job and follows it to its end."""
-    return f"ray job submit --address {DASHBOARD} --submission-id {name} --working-dir {name} -- {command}"
+    return f"cd {name} && rayft submit {name}.yaml --address {DASHBOARD} {told}"
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +82,72 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 def test_a_run_and_a_sweep_outlive_a_node_and_nothing_shows_it(site):
     out = site.shared / "storage"
+    with up(site, out):
+        _check_nodes(site)
+        _check_doors(site)
+        _check_jobs(site, out)
+        assert not _leaks(site)
+    assert not _processes(site.nodes[0], "gcs_server") and not _processes(site.nodes[0], "raylet")
+    assert not _leaks(site)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_node_that_is_cut_off_and_comes_back(site):
+    """Nobody there has died: it works on for a while, for nobody, and what it then says is not counted."""
+    out = site.shared / "cut"
+    with up(site, out):
+        with site.begun("run", submitted("run", f"{ONE_ON_EACH} output={out}")) as running:
+            until(lambda: len(rows(out / "run")) >= 4, 120, "the middle")
+            away = site.nodes[1]
+            assert _processes(away, "RewardActor")
+            num = len(rows(out / "run"))
+            with away.cut_off(), lap(f"{away.name} cut off under iteration {num + 1}; until the next is there"):
+                until(lambda: len(rows(out / "run")) > num + 1, 180, "another iteration")
+            assert running.wait(240) == 0, site.log("run").read_text()[-3000:]
+        same_counts_and_weights(out / "run", out / "alone/run")
+
+
+@pytest.mark.slow
+def test_the_readme_word_by_word(site):
+    """Its block of commands, one after the other; hosts stand for AWS, and a folder that all see for the bucket."""
+    text = (ROOT / "README.md").read_text()
+    block = text[text.index("## On a cluster") :]
+    lines = [line.strip() for line in block[block.index("    export") : block.index("\n\n`rayft submit`")].splitlines()]
+    (site.checkout / "cluster.yaml").write_text((site.checkout / "mine.yaml").read_text())
+    (site.checkout / "slow.py").write_text(REWARD)
+    (site.checkout / "my.yaml").write_text(yaml.safe_dump(RUN | {"resources": {"torch_threads": 1}, "iterations": 4}))
+    before, open_tunnel = "", contextlib.ExitStack()
+    with open_tunnel:
+        for number, line in enumerate(lines):
+            command = line.partition("  #")[0].strip().replace("s3://bucket", f"file://{site.shared}/bucket")
+            if command.startswith("export "):
+                before += f"{command}; "
+            elif command.startswith("ray dashboard"):
+                open_tunnel.enter_context(site.begun("tunnel", before + command))
+                until(lambda: site.nodes_by_state()["ALIVE"] == 3, 180, "a cluster of three nodes")
+            else:
+                command = command.removeprefix("make wheel && ")  # what `opened` has done, for hosts have no way out
+                with lap(command):
+                    said = site.run(f"line{number}", before + command)
+                assert not command.startswith("rayft status") or "my" in said
+    rows_there = rows(site.shared / "bucket/runs/my")
+    assert [row["iteration"] for row in rows_there] == [1, 2, 3, 4]
+
+
+@contextlib.contextmanager
+def up(site: Site, out: Path) -> Iterator[None]:
+    """`ray up`, three nodes, and `ray down`; meanwhile the run is made on one machine too."""
     alone = f"cd run && RAY_AUTH_MODE=disabled rayft run run.yaml --quiet output={out}/alone"
     with site.begun("alone", alone) as on_one_machine:
         with lap("ray up"):
             site.run("up", "ray up -y --no-config-cache mine.yaml")
         with site.begun("dashboard", "ray dashboard --no-config-cache mine.yaml"):
             with lap("three nodes"):
-                until(lambda: site.nodes_by_state() == {"ALIVE": 3}, 120, "a cluster of three nodes")
+                until(lambda: site.nodes_by_state()["ALIVE"] == 3, 120, "a cluster of three nodes")
             assert on_one_machine.wait(120) == 0, site.log("alone").read_text()
-            _check_nodes(site)
-            _check_doors(site)
-            _check_jobs(site, out)
-            assert not _leaks(site)
+            yield
     with lap("ray down"):
         site.run("down", "ray down -y mine.yaml")
-    assert not _processes(site.nodes[0], "gcs_server") and not _processes(site.nodes[0], "raylet")
-    assert not _leaks(site)
 
 
 def _check_nodes(site: Site) -> None:
@@ -149,9 +202,7 @@ def _routes(*tables: str) -> list[tuple[str, str]]:
 
 def _check_jobs(site: Site, out: Path) -> None:
     """Both jobs go on while the node that scores for them is killed, and count as if it had not been."""
-    one_on_each = "'scoring.resources={reward: 1.5}'"  # of the 2 that a host with two cores offers
-    run = f"rayft run run.yaml --address auto {one_on_each} output={out}"
-    sweep = f"rayft tune sweep.yaml --address auto output={out}"
+    run, sweep = f"{ONE_ON_EACH} output={out}", f"--tune output={out}"
     with (
         lap("run and sweep"),
         site.begun("run", submitted("run", run)) as running,
@@ -172,13 +223,7 @@ def _check_jobs(site: Site, out: Path) -> None:
         assert running.wait(240) == 0, site.log("run").read_text()[-3000:]
         assert sweeping.wait(240) == 0, site.log("sweep").read_text()[-3000:]
 
-    ours, alone = rows(out / "run"), rows(out / "alone/run")
-    for count in ("iteration", "reward_calls", "chains", "reward_failed", "reward_mean", "kl"):
-        assert [row[count] for row in ours] == [row[count] for row in alone], count
-    weights, expected = (store.newest(folder).weights() for folder in (out / "run", out / "alone/run"))
-    for name, value in expected.items():
-        np.testing.assert_array_equal(weights[name], value)
-
+    same_counts_and_weights(out / "run", out / "alone/run")
     told = json.loads((out / "sweep/sweep.json").read_text())
     chains, evaluated = SWEEP["training"]["chains"], SWEEP["evaluate"]["chains"]
     assert (told["status"], told["trials"]) == ("finished", 2)
@@ -186,6 +231,18 @@ def _check_jobs(site: Site, out: Path) -> None:
     read = [json.loads(line) for line in (out / "sweep/rows.jsonl").read_text().splitlines()]
     at = sorted((row["trial"], row["iteration"]) for row in read if "ended" not in row)
     assert at == [(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12)]
+
+
+def same_counts_and_weights(run: Path, other: Path) -> None:
+    """As if it had run on one machine."""
+    ours, alone = rows(run), rows(other)
+    for count in ("iteration", "reward_calls", "chains", "reward_failed", "reward_mean", "kl"):
+        assert [row[count] for row in ours] == [row[count] for row in alone], count
+    found, expected = store.newest(run), store.newest(other)
+    assert found is not None and expected is not None
+    weights = found.weights()
+    for name, value in expected.weights().items():
+        np.testing.assert_array_equal(weights[name], value)
 
 
 def _processes(node: Host, name: str) -> list[int]:

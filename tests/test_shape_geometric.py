@@ -36,7 +36,11 @@ def test_symmetry_is_the_mean_distance_to_the_nearest_mirrored_point():
     assert Symmetry()([shape])[0] == pytest.approx(-nearest.mean() / centred.std())
 
 
-@pytest.mark.parametrize("reward", [Symmetry(), Extent(), Extent("x/y", target=0.7), HullVolume()], ids=repr)
+@pytest.mark.parametrize(
+    "reward",
+    [Symmetry(), Extent(), Extent("x/y", target=0.7), HullVolume()],
+    ids=["symmetry", "extent", "extent-target", "hull"],
+)
 def test_place_and_size_do_not_matter(reward, cloud):
     assert reward([cloud * 7 + [3, -20, 5]]) == pytest.approx(reward([cloud]), rel=1e-4)
 
@@ -72,7 +76,7 @@ def test_the_hull_of_a_box_has_its_volume():
     assert HullVolume()([CORNERS * [4, 2, 1]]) == pytest.approx([8 * 8 / (21 / 3) ** 1.5])
 
 
-@pytest.mark.parametrize("reward", [Symmetry(), Extent(), HullVolume()], ids=repr)
+@pytest.mark.parametrize("reward", [Symmetry(), Extent(), HullVolume()], ids=["symmetry", "extent", "hull"])
 def test_what_has_no_extent_has_no_score_and_the_others_keep_theirs(reward, cloud):
     found = reward([cloud, POINT, BROKEN, np.zeros((0, 3)), cloud])
     assert found[0] == found[4] is not None and found[1:4] == [None] * 3
