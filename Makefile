@@ -50,7 +50,7 @@ table1: install
 	$(BIN)/python -m benchmarks.table1 $(if $(DATA),--data $(DATA))
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_FLAGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not cluster" --durations=10 --timeout=1800 $(PYTEST_FLAGS)

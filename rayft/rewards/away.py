@@ -91,8 +91,9 @@ class AwayStore(Store):
                 if theirs.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
                     raise ValueError(f"{self.there.uri} holds no score cache named {self.name}; name another file")
                 rows = theirs.execute("SELECT key, value, error, extras FROM entries ORDER BY number").fetchall()
-        except sqlite3.DatabaseError:
-            raise ValueError(f"{self.name} at {self.there.uri} is damaged, or no cache: name another file") from None
+        except sqlite3.DatabaseError as error:
+            what = f"{self.name} at {self.there.uri} is damaged, or no cache: name another file"
+            raise ValueError(f"{what} ({error})") from None
         with transaction(self.connection) as run:
             run.executemany("INSERT OR IGNORE INTO entries (key, value, error, extras) VALUES (?, ?, ?, ?)", rows)
 
