@@ -92,8 +92,8 @@ def test_a_run_and_a_sweep_outlive_a_node_and_nothing_shows_it(site):
 
 
 @pytest.mark.slow
-def test_a_run_outlives_a_node_that_is_cut_off_and_comes_back(site):
-    """Nobody there has died: it works on for a while, for nobody, and what it then says is not counted."""
+def test_a_run_outlives_a_node_that_is_cut_off(site):
+    """Nobody there has died: it works on, and nobody hears of it."""
     out = site.shared / "cut"
     with up(site, out):
         with site.begun("run", submitted("run", f"{ONE_ON_EACH} output={out}")) as running:
@@ -101,9 +101,10 @@ def test_a_run_outlives_a_node_that_is_cut_off_and_comes_back(site):
             away = site.nodes[1]
             assert _processes(away, "RewardActor")
             num = len(rows(out / "run"))
-            with away.cut_off(), lap(f"{away.name} cut off under iteration {num + 1}; until the next is there"):
-                until(lambda: len(rows(out / "run")) > num + 1, 180, "another iteration")
-            assert running.wait(240) == 0, site.log("run").read_text()[-3000:]
+            with away.cut_off():
+                with lap(f"{away.name} cut off under iteration {num + 1}; until the next is there"):
+                    until(lambda: len(rows(out / "run")) > num + 1, 180, "another iteration")
+                assert running.wait(240) == 0, site.log("run").read_text()[-3000:]
         same_counts_and_weights(out / "run", out / "alone/run")
 
 
@@ -131,7 +132,7 @@ def test_the_readme_word_by_word(site):
                     said = site.run(f"line{number}", before + command)
                 assert not command.startswith("rayft status") or "my" in said
     rows_there = rows(site.shared / "bucket/runs/my")
-    assert [row["iteration"] for row in rows_there] == [1, 2, 3, 4]
+    assert [float(row["iteration"]) for row in rows_there] == [1, 2, 3, 4]
 
 
 @contextlib.contextmanager
