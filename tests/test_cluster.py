@@ -228,10 +228,11 @@ def _check_jobs(site: Site, out: Path) -> None:
     told = json.loads((out / "sweep/sweep.json").read_text())
     chains, evaluated = SWEEP["training"]["chains"], SWEEP["evaluate"]["chains"]
     assert (told["status"], told["trials"]) == ("finished", 2)
-    assert told["calls"] == {"pretrained": 256, "train": 2 * 12 * chains, "evaluate": 2 * 3 * evaluated}
     read = [json.loads(line) for line in (out / "sweep/rows.jsonl").read_text().splitlines()]
-    at = sorted((row["trial"], row["iteration"]) for row in read if "ended" not in row)
-    assert at == [(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12)]
+    at = [(row["trial"], row["iteration"]) for row in read if "ended" not in row]
+    assert set(at) == {(f"trial_0000{trial}", iteration) for trial in (0, 1) for iteration in (4, 8, 12)}
+    assert len(at) <= 6 + 2 * trials, "a killed trial may have told a row, and died before that was saved"
+    assert told["calls"] == {"pretrained": 256, "train": len(at) * 4 * chains, "evaluate": len(at) * evaluated}
 
 
 def same_counts_and_weights(run: Path, other: Path) -> None:

@@ -59,6 +59,16 @@ def test_learning_from_chains_that_stay_is_learning_from_chains_that_came(name):
     assert told == told_afar
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_two_learners_finish_with_a_batch_that_does_not_divide_evenly():
+    """33 chains of 8 transitions in minibatches of 32: 8 whole ones, and a rest that nobody waits for."""
+    one, told = trained(small(learners=0, chains=33))
+    two, told_two = trained(small(learners=2, chains=33))
+    same(one, two)
+    assert told == told_two
+
+
 @pytest.fixture(scope="module")
 def algo(ray_session):
     made = small().build_algo()
