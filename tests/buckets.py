@@ -6,9 +6,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-import pytest
-
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+KEYS |= {"AWS_EC2_METADATA_DISABLED": "true"}
 
 
 @contextlib.contextmanager
@@ -21,10 +20,7 @@ def bucket() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**KEYS, "AWS_EC2_METADATA_DISABLED": "true"}.items():
-            patch.setenv(name, value)
-        endpoint = f"endpoint_override={host}:{port}&scheme=http"
-        fs.FileSystem.from_uri(f"s3://bucket?{endpoint}&allow_bucket_creation=true")[0].create_dir("bucket")
-        yield f"s3://bucket/{{}}?{endpoint}"
-        server.stop()
+    endpoint = f"endpoint_override={host}:{port}&scheme=http"
+    fs.FileSystem.from_uri(f"s3://bucket?{endpoint}&allow_bucket_creation=true")[0].create_dir("bucket")
+    yield f"s3://bucket/{{}}?{endpoint}"
+    server.stop()

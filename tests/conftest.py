@@ -7,7 +7,10 @@ import os
 import signal
 from collections.abc import Iterator
 
+import buckets
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported; otherwise it writes ~/.ray/auth_token
+os.environ.update(buckets.KEYS)  # Ray's workers have what is there when it starts
 
 import pytest
 import torch
