@@ -101,15 +101,12 @@ def _run(told: argparse.Namespace, spec: Any, folder: Path | None) -> int:
 
 
 def _start_ray(address: str | None, spec: Any, wait: float | None = None) -> None:
-    import ray
-
     from rayft import cluster
-    from rayft.plan import shortage
 
     cluster.join(address)
     if address is not None:
         cluster.has_room(cluster.wanted(spec), wait, lambda text: print(text, file=sys.stderr))
-    elif lacking := shortage(spec, ray.cluster_resources()):
+    elif lacking := cluster.lacking(cluster.wanted(spec), cluster.nodes_now()):
         raise ValueError(f"{lacking}; lower resources or scoring.actors, or join a larger cluster with --address")
 
 

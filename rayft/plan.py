@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
 
 import yaml
 
@@ -51,17 +49,6 @@ def placement(spec: RunSpec) -> list[str]:
         else f"{name}: in the driver"
         for name, number, each in [("driver", 1, {"CPU": 1.0, "GPU": 0.0}), *actors(spec)]
     ]
-
-
-def shortage(spec: RunSpec, cluster: Mapping[str, float]) -> str | None:
-    """What the run asks for beyond what the cluster has; Ray would wait for it without a word."""
-    asked: Counter[str] = Counter()
-    for _, number, each in actors(spec):
-        asked.update({kind: number * amount for kind, amount in each.items()})
-    for kind, wanted in asked.items():
-        if wanted > cluster.get(kind, 0.0):
-            return f"this run's actors ask for {wanted:g} {kind}, Ray has {cluster.get(kind, 0.0):g}"
-    return None
 
 
 def actors(spec: RunSpec) -> list[tuple[str, int, dict[str, float]]]:

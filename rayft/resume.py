@@ -31,20 +31,20 @@ def load_state(path: Path) -> dict[str, Any]:
     """What ``save_state`` wrote; nothing but tensors and plain values is unpickled."""
     if not path.is_file():
         raise ValueError(f"nothing to resume: no {path}")
-    try:
-        with warnings.catch_warnings():  # torch tells its own developers about protocols it has not seen
-            warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: found[key] for key in KEYS}
-    except Exception:
-        raise ValueError(f"{path} is damaged or of another version; start again without --resume") from None
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells its own developers about protocols it has not seen
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            return {key: found[key] for key in KEYS}
+        except Exception:  # whatever bytes make torch, zipfile or pickle raise
+            raise ValueError(f"{path} is damaged or of another version; start again without --resume") from None
 
 
 def unfinished(path: Path) -> int | None:
     """The step at which a training was stopped before its end, where ``path`` is its state."""
     try:
         found = load_state(path)
-    except ValueError:  # there is none, or none that is of use to anybody
+    except (ValueError, OSError):  # there is none, or none that is of use to anybody
         return None
     return found["step"] if found["step"] < found["steps"] else None
 

@@ -35,15 +35,7 @@ FINAL = re.compile(  # errors that another attempt would meet again
 
 def is_uri(text: object) -> bool:
     """Whether it names something behind a URI rather than a path."""
-    return isinstance(text, str | Path) and bool(re.match(r"[a-z][a-z0-9+.-]*:/", str(text)))
-
-
-def whole_uri(text: str | Path) -> str:
-    """The URI, also of a ``Path`` made of one, which has lost its second slashes."""
-    if not isinstance(text, Path):
-        return text
-    slashes = re.sub(r"(?<=[a-z0-9]):/(?=[^/])", "://", str(text))
-    return re.sub(r"^file://(?!/)", "file:///", slashes)
+    return isinstance(text, str) and bool(re.match(r"[a-z][a-z0-9+.-]*://", text))
 
 
 @dataclass(frozen=True)
@@ -156,17 +148,16 @@ class Place:
                 os.unlink(part)
 
 
-def place(uri: str | Path, key: str = "storage") -> Place:
+def place(uri: str, key: str = "storage") -> Place:
     """The folder at a URI, or at an absolute path. Looks at nothing there yet."""
-    told = whole_uri(uri)
     try:
-        files, root = fs.FileSystem.from_uri(told)
+        files, root = fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{key} is {told}, which cannot be opened ({plainly(error)}): give s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
+            f"{key} is {uri}, which cannot be opened ({plainly(error)}): give s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
             "file:///FOLDER or an absolute path"
         ) from None
-    return Place(told, files, root)
+    return Place(uri, files, root)
 
 
 def ready(uri: str, key: str = "storage") -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import buckets
 
@@ -20,6 +20,27 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to Ctrl-C
 CHECKED = ("schedule", "space", "chain", "credit", "losses", "payoff")
 install_import_hook([f"rayft.{name}" for name in CHECKED], "beartype.beartype")  # shapes are checked in tests only
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A place in a bucket of an S3 server of its own: ``bucket.format("runs")``."""
+    with buckets.bucket() as uri:
+        yield uri
+
+
+@pytest.fixture(params=["disk", "s3"])
+def home(request, tmp_path) -> str:
+    """The URI of a folder of this test alone, on a disk and in a bucket."""
+    if request.param == "disk":
+        return (tmp_path / "store").as_uri()
+    return request.getfixturevalue("bucket").format(tmp_path.name)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Makes this process a machine of that name: its copies lie elsewhere."""
+    return lambda name: monkeypatch.setenv("RAYFT_DATA", str(tmp_path / name))
 
 
 @pytest.fixture(scope="session")

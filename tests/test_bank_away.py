@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import buckets
 import numpy as np
 import pytest
 from test_bank import MANIFEST, same, shard
@@ -20,30 +18,13 @@ from rayft.payoff.bank import open_bank
 from rayft.table import Table
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    with buckets.bucket() as uri:
-        yield uri
-
-
-@pytest.fixture(params=["disk", "s3"])
-def home(request, tmp_path, bucket):
-    return (tmp_path / "store").as_uri() if request.param == "disk" else bucket.format(tmp_path.name)
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Makes this process a machine of that name: its copies lie elsewhere."""
-    return lambda name: monkeypatch.setenv("RAYFT_DATA", str(tmp_path / name))
-
-
 def test_what_one_machine_makes_another_reads(home, machine):
     machine("one")
-    first = open_bank(Path(home), MANIFEST)
+    first = open_bank(home, MANIFEST)
     with first.claim(0):
         first.write(shard(0))
     machine("two")
-    second = open_bank(Path(home), MANIFEST)
+    second = open_bank(home, MANIFEST)
     assert second.folder != first.folder and second.numbers == [0] and second.has(0) and not second.has(1)
     assert not second.path(0).is_file()
     same(second.read(0), shard(0))
@@ -53,19 +34,19 @@ def test_what_one_machine_makes_another_reads(home, machine):
 
 def test_a_bank_of_another_model_is_refused_and_one_begun_anew_forgets_the_old(home, machine):
     machine("one")
-    open_bank(Path(home), MANIFEST).write(shard(0))
+    open_bank(home, MANIFEST).write(shard(0))
     with pytest.raises(ValueError, match="was made with model ab12"):
-        open_bank(Path(home), {**MANIFEST, "model": "cd34"})
+        open_bank(home, {**MANIFEST, "model": "cd34"})
     there = storage.place(home)
     for name in there.listing():
         there.delete(name)
-    assert not open_bank(Path(home), {**MANIFEST, "model": "cd34"}).has(0)
+    assert not open_bank(home, {**MANIFEST, "model": "cd34"}).has(0)
 
 
 def test_a_shard_that_cannot_be_sent_stays_here_and_goes_with_the_next(home, machine, monkeypatch):
     machine("one")
     monkeypatch.setattr(storage, "PAUSE", 0.001)
-    bank = open_bank(Path(home), MANIFEST)
+    bank = open_bank(home, MANIFEST)
 
     def refuse(*told):
         raise OSError("AWS Error SLOW_DOWN")

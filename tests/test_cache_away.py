@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import buckets
 import pytest
 
 from rayft import storage
@@ -11,35 +10,24 @@ from rayft.rewards.cache import SharedCache
 from rayft.rewards.shelf import Entry
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    with buckets.bucket() as uri:
-        yield uri
-
-
-@pytest.fixture(params=["disk", "s3"])
-def home(request, tmp_path, bucket):
-    if request.param == "disk":
-        return (tmp_path / "store/s.sqlite").as_uri()
-    return bucket.format(f"{tmp_path.name}/s.sqlite")
-
-
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    return lambda name: monkeypatch.setenv("RAYFT_DATA", str(tmp_path / name))
+def file(home):
+    """The URI of a cache."""
+    folder, question, options = home.partition("?")
+    return f"{folder}/s.sqlite{question}{options}"
 
 
 def key(number):
     return number.to_bytes(16, "big")
 
 
-def test_what_one_machine_sent_another_has_and_neither_loses_the_others(home, machine):
+def test_what_one_machine_sent_another_has_and_neither_loses_the_others(file, machine):
     machine("one")
-    one = AwayStore(home)
+    one = AwayStore(file)
     one.put({key(1): Entry(0.5), key(2): Entry(float("nan"), "returned: None", "{}")})
     one.send()
     machine("two")
-    two = AwayStore(home)
+    two = AwayStore(file)
     assert two.lookup([key(1), key(3)]) == {key(1): Entry(0.5)}
     assert two.lookup([key(2)])[key(2)].error == "returned: None"
     one.put({key(3): Entry(3.0)})
@@ -47,26 +35,26 @@ def test_what_one_machine_sent_another_has_and_neither_loses_the_others(home, ma
     one.close()
     two.close()
     machine("three")
-    three = AwayStore(home)
+    three = AwayStore(file)
     assert three.lookup([key(1), key(3), key(4)]) == {key(1): Entry(0.5), key(3): Entry(3.0), key(4): Entry(4.0)}
     three.close()
 
 
-def test_nothing_is_sent_where_nothing_is_new(home, machine, monkeypatch):
+def test_nothing_is_sent_where_nothing_is_new(file, machine, monkeypatch):
     machine("one")
-    one = AwayStore(home)
+    one = AwayStore(file)
     one.put({key(1): Entry(1.0)})
     one.close()
     monkeypatch.setattr(storage.Place, "put", lambda *told: pytest.fail("sent"))
-    again = AwayStore(home)
+    again = AwayStore(file)
     assert again.lookup([key(1)])
     again.close()
 
 
-def test_a_send_that_fails_is_told_once_and_made_up_for(home, machine, monkeypatch):
+def test_a_send_that_fails_is_told_once_and_made_up_for(file, machine, monkeypatch):
     machine("one")
     monkeypatch.setattr(storage, "PAUSE", 0.001)
-    one = AwayStore(home)
+    one = AwayStore(file)
     one.put({key(1): Entry(1.0)})
 
     def refuse(*told):
@@ -78,15 +66,15 @@ def test_a_send_that_fails_is_told_once_and_made_up_for(home, machine, monkeypat
     assert "could not be sent" in one.news() and one.news() == ""
     one.close()
     machine("two")
-    assert AwayStore(home).lookup([key(1)])
+    assert AwayStore(file).lookup([key(1)])
 
 
-def test_what_is_no_cache_is_refused(home, machine):
+def test_what_is_no_cache_is_refused(file, machine):
     machine("one")
-    there = storage.place(home).parent()
+    there = storage.place(file).parent()
     there.write("s.sqlite", b"text of another kind" * 100)
     with pytest.raises(ValueError, match=r"is damaged, or no cache: name another file"):
-        AwayStore(home)
+        AwayStore(file)
     assert there.read("s.sqlite") == b"text of another kind" * 100
 
 

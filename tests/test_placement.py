@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from rayft.plan import shortage
+from rayft.cluster import lacking, wanted
 from rayft.spec import parse
 
 RESOURCES = {
@@ -70,10 +70,11 @@ TOLD = {"algorithm": "rgdm", "domain": "toy", "reward": "quadratic"}
 def test_what_a_cluster_lacks_is_named_with_what_it_has():
     scoring = {"actors": 3, "resources": {"reward": 2}}
     spec = parse({**TOLD, "scoring": scoring, "training": {"payoff_actors": 1}})
-    assert shortage(spec, {"CPU": 4.0, "reward": 8.0}) is None
-    assert shortage(spec, {"CPU": 4.0, "reward": 7.0}) == "this run's actors ask for 8 reward, Ray has 7"
-    assert shortage(spec, {"CPU": 4.0}) == "this run's actors ask for 8 reward, Ray has 0"
-    assert shortage(spec, {"CPU": 3.0, "reward": 8.0}) == "this run's actors ask for 4 CPU, Ray has 3"
+    asked = wanted(spec)
+    assert lacking(asked, [{"CPU": 4.0, "reward": 8.0}]) == ""
+    assert lacking(asked, [{"CPU": 4.0, "reward": 7.0}]) == "this run's actors ask for 8 reward, Ray has 7"
+    assert lacking(asked, [{"CPU": 4.0}]) == "this run's actors ask for 8 reward, Ray has 0"
+    assert lacking(asked, [{"CPU": 3.0, "reward": 8.0}]) == "this run's actors ask for 4 CPU, Ray has 3"
 
 
 @pytest.mark.parametrize(

@@ -282,12 +282,12 @@ def _state(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch state dict (EDM calls the file .npy)."""
     if not path.is_file():
         raise ValueError(f"no {path}; an EDM checkpoint is a folder with {ARGUMENTS} and {path.name}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        raise ValueError(f"{path} is damaged or holds more than tensors; it should be EDM's state dict") from None
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # whatever bytes make torch, zipfile or pickle raise
+            raise ValueError(f"{path} is damaged or holds more than tensors; it should be EDM's state dict") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds a {type(state).__name__}; it should be EDM's state dict, names and tensors")
     return state

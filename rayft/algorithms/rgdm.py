@@ -14,7 +14,6 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -139,7 +138,7 @@ class RGDM(DiffusionRL):
         super().setup(config)
         told, seed = self.settings, self.config.seed or 0
         self.aim, self.running = told.aim(), Running()
-        bank = None if told.bank is None else open_bank(Path(told.bank), self.manifest())
+        bank = None if told.bank is None else open_bank(told.bank, self.manifest())
         self.shard_pairs = told.chains if bank is None else bank.shard_pairs
         shards = None if told.bank_pairs is None else -(-told.bank_pairs // self.shard_pairs)
         custom = self.config.section("scoring").resources or {}

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayft.payoff.lease import lease
-from rayft.storage import Place, cache_folder, is_uri, patiently, plainly, ready, whole_uri
+from rayft.storage import Place, cache_folder, is_uri, patiently, plainly, ready
 
 FORMAT = 1
 CONTEXT, PART = "context/", "part/"
@@ -175,11 +175,11 @@ class Bank:
                 yield
 
 
-def open_bank(folder: Path, manifest: Mapping[str, Any]) -> Bank:
-    """The bank in ``folder``, or at the URI, begun where there is none. Refuses one made for something else."""
-    if is_uri(folder):
-        return _open_away(ready(whole_uri(folder), "training.bank"), manifest)
-    return _open_here(folder, manifest)
+def open_bank(place: str | Path, manifest: Mapping[str, Any]) -> Bank:
+    """The bank in a folder, or at a URI, begun where there is none. Refuses one made for something else."""
+    if isinstance(place, str) and is_uri(place):
+        return _open_away(ready(place, "training.bank"), manifest)
+    return _open_here(Path(place), manifest)
 
 
 def _open_away(there: Place, manifest: Mapping[str, Any]) -> Bank:

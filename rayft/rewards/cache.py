@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayft.rewards.away import AwayStore, open_store
+from rayft.rewards.away import open_store
 from rayft.rewards.shelf import SCHEMA, Entry, Found
 from rayft.storage import is_uri
 
@@ -75,8 +75,7 @@ class CacheActor:
 
     def send(self) -> tuple[None, str]:
         """To the URI that it is kept at, if it is."""
-        if isinstance(self.store, AwayStore):
-            self.store.send()
+        self.store.send()
         return None, self.store.news()
 
 
