@@ -60,6 +60,7 @@ def _tune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", nargs="?", help="a run's YAML with a `search:` block, or a shipped config")
     sub.add_argument("overrides", **OVERRIDES, help="for example search.trials=8")
     sub.add_argument("--resume", nargs="?", const=True, metavar="SWEEP", help="continue SWEEP, or the newest so named")
+    sub.add_argument("--trust", action="store_true", help="resume although the sweep is not provably your own")
     sub.add_argument("--dry-run", action="store_true", help="print the checked search and what it needs; start nothing")
     sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
     sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")

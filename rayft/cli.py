@@ -43,10 +43,7 @@ def run(told: argparse.Namespace) -> int:
     from rayft import cluster, comeback, store
     from rayft import spec as specs
 
-    if told.resume and told.file is not None and _is_run(told.file):
-        told.resume, told.file = told.file, None
-    if isinstance(told.resume, str) and re.match(r"[\w.]+=", told.resume) and not Path(told.resume).exists():
-        told.overrides, told.resume = [*told.overrides, told.resume], True  # `--resume key=value`: no folder is meant
+    _sort_resume(told)
     spec = None if told.file is None else specs.read(told.file, told.overrides)
     folder, home = comeback.meant(told.resume, spec, told.trust)
     if spec is None:
@@ -68,6 +65,14 @@ def run(told: argparse.Namespace) -> int:
         store.continues(found, spec.full())
         store.trusted(found, told.trust)
     return _run(told, spec, folder)
+
+
+def _sort_resume(told: argparse.Namespace) -> None:
+    """In `--resume key=value` no folder is meant, in `FOLDER --resume` no YAML."""
+    if told.resume and told.file is not None and _is_run(told.file):
+        told.resume, told.file = told.file, None
+    if isinstance(told.resume, str) and re.match(r"[\w.]+=", told.resume) and not Path(told.resume).exists():
+        told.overrides, told.resume = [*told.overrides, told.resume], True
 
 
 def _is_run(text: str) -> bool:
@@ -115,7 +120,8 @@ def tune(told: argparse.Namespace) -> int:
     from rayft import cluster
     from rayft import tune as tuning
 
-    spec, folder = tuning.asked(told.file, told.overrides, told.resume)
+    _sort_resume(told)
+    spec, folder = tuning.asked(told.file, told.overrides, told.resume, told.trust)
     if told.dry_run:
         print(tuning.plan(spec))
         return 0

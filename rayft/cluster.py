@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.plan import actors
 from rayft.spec import RunSpec
+from rayft.storage import Place, patiently, plainly
 from rayft.store import versions
 
 WAIT, WAIT_FOR_NODES = 30.0, 600.0  # seconds; the second where the cluster can start nodes
@@ -118,21 +120,29 @@ def join(address: str | None) -> None:
 
 def same_versions(timeout: float = 60.0) -> None:
     """Refuses nodes that import another rayft than this process: what is sent by reference would differ there."""
-    found = {}
-    look = ray.remote(num_cpus=0, max_retries=0)(_version)
-    for node in [node for node in ray.nodes() if node["Alive"]]:
-        on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        found[node["NodeManagerAddress"]] = look.options(scheduling_strategy=on).remote()
-    ours, end = versions()["rayft"], time.monotonic() + timeout
-    for host, ref in found.items():
-        try:
-            theirs = ray.get(ref, timeout=max(0.1, end - time.monotonic()))
-        except RayError as error:
-            last = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+    ours = versions()["rayft"]
+    for host, theirs in _on_every_node(_version, timeout):
+        if isinstance(theirs, RayError):
+            last = (str(theirs).strip().splitlines() or [type(theirs).__name__])[-1][:200]
             raise ValueError(f"node {host} cannot start a process of this project ({last}); see its logs") from None
         if theirs != ours:
             what = f"has rayft {theirs}" if theirs else "has no rayft"
             raise ValueError(f"node {host} {what} and this process {ours}: install the same on every node")
+
+
+def _on_every_node(work: Callable[[], Any], timeout: float) -> Iterator[tuple[str, Any]]:
+    """(host, what ``work`` returns there, or the error) of every node that is alive."""
+    asked = []
+    for node in [node for node in ray.nodes() if node["Alive"]]:
+        on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        there = ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=on)
+        asked.append((node["NodeManagerAddress"], there.remote()))
+    end = time.monotonic() + timeout
+    for host, ref in asked:
+        try:
+            yield host, ray.get(ref, timeout=max(0.1, end - time.monotonic()))
+        except RayError as error:
+            yield host, error
 
 
 def _version() -> str:
@@ -258,6 +268,24 @@ def _asked_for(kinds: Mapping[str, Sequence[Bundle]], scales: bool) -> Iterator[
 
 
 # -- can it see what the config names
+
+
+def sees(home: Place, timeout: float = 60.0) -> None:
+    """Refuses a folder of a sweep that a node does not reach: its trials would fail there, one by one."""
+    if len(nodes_now()) < 2:
+        return
+    name = f".seen-{uuid.uuid4().hex[:8]}"
+    patiently(lambda: home.write(name, b""))
+    try:
+        for host, there in _on_every_node(lambda: home.has(name), timeout):
+            if there is not True:
+                why = f" ({plainly(getattr(there, 'cause', there))})" if isinstance(there, RayError) else ""
+                raise ValueError(
+                    f"node {host} does not see {home.uri}{why}: give storage=s3://BUCKET/FOLDER or another URI that "
+                    "all nodes reach, or an output= folder that they share"
+                )
+    finally:
+        patiently(lambda: home.delete(name))
 
 
 def hidden_files(tree: Any, seen: Sequence[Path], key: str = "") -> Iterator[tuple[str, str]]:

@@ -13,8 +13,10 @@ from rayft import spec as specs
 from rayft.spec import RunSpec
 
 
-def meant(resume: Any, spec: RunSpec | None, trust: bool = False) -> tuple[Path | None, str | None]:
-    """(the folder of the run to go on with, brought from its storage where it is further there; that storage)."""
+def meant(
+    resume: Any, spec: RunSpec | None, trust: bool = False, sweep: bool = False
+) -> tuple[Path | None, str | None]:
+    """(the folder of the run or sweep to go on with, brought from its storage where it is further there; that one)."""
     if resume is None:
         return None, None
     if isinstance(resume, str):
@@ -25,23 +27,28 @@ def meant(resume: Any, spec: RunSpec | None, trust: bool = False) -> tuple[Path 
             return folder, there.parent().uri
         if Path(resume).is_dir() or spec is None or "/" in resume:
             return Path(resume), None
-    return (None, None) if spec is None else _named(resume if isinstance(resume, str) else None, spec, trust)
+    return (None, None) if spec is None else _named(resume if isinstance(resume, str) else None, spec, trust, sweep)
 
 
-def _named(name: str | None, spec: RunSpec, trust: bool) -> tuple[Path, str | None]:
-    """The run ``name``; else the newest that has the name of the spec. Of one that lies in both, the further one."""
+def _named(name: str | None, spec: RunSpec, trust: bool, sweep: bool) -> tuple[Path, str | None]:
+    """The run or sweep ``name``; else the newest of the spec's name. Of one that lies in both, the further one."""
     here = {path.parent.name: path.parent for path in Path(spec.output).glob("*/config.yaml")}
+    here = {one: path for one, path in here.items() if (path / mirror.SWEEP).is_file() == sweep}
     there = None if spec.storage is None else storage.ready(spec.storage)
     away = set() if there is None else set(storage.patiently(there.folders))
     wanted = re.compile(re.escape(name) if name else rf"{re.escape(spec.name)}(-\d+)?")
+    away = {one for one in away if wanted.fullmatch(one) and _is_sweep(there, one) == sweep}
     found = [one for one in here.keys() | away if wanted.fullmatch(one)]
+    what, noted = ("sweep", mirror.SWEEP) if sweep else ("run", "run.json")
     if not found:
         where = spec.output if spec.storage is None else f"{spec.output} or {spec.storage}"
-        raise ValueError(f"nothing to resume: no run named {name or spec.name!r} in {where}; start it without --resume")
+        raise ValueError(
+            f"nothing to resume: no {what} named {name or spec.name!r} in {where}; start it without --resume"
+        )
 
     def began(one: str) -> tuple[str, float]:
-        told = there.child(one).read("run.json") if there is not None and one in away else None
-        path = Path(spec.output) / one / "run.json"
+        told = there.child(one).read(noted) if there is not None and one in away else None
+        path = Path(spec.output) / one / noted
         own = path.read_bytes() if path.is_file() else b"{}"
         times = [str(json.loads(text or b"{}").get("started", "")) for text in (told, own)]
         return max(times), path.stat().st_mtime if path.is_file() else 0.0
@@ -51,6 +58,10 @@ def _named(name: str | None, spec: RunSpec, trust: bool) -> tuple[Path, str | No
     if there is not None and chosen in away:
         _brought(there.child(chosen), folder, trust)
     return folder, None
+
+
+def _is_sweep(there: storage.Place | None, name: str) -> bool:
+    return there is not None and storage.patiently(lambda: there.child(name).has(mirror.SWEEP))
 
 
 def _brought(there: storage.Place, folder: Path, trust: bool) -> None:

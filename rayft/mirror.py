@@ -8,6 +8,7 @@ So whatever moment an upload is killed in, what lies there is a run that can be 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from rayft import storage, store
 from rayft.storage import Place
 
 CHECKPOINTS = "checkpoints/"
+SWEEP, ROWS = "sweep.json", "rows.jsonl"
+SHARED = ("trials/", "bank/", "claims/")  # by the trials of a sweep, who read it where it lies
 Stamp = tuple[int, int]
 
 
@@ -38,6 +41,11 @@ class Mirror:
         except (OSError, pa.ArrowException) as error:
             return f"could not be sent to {self.there.uri} ({storage.plainly(error)})"
         return ""
+
+    def fetch(self, name: str) -> None:
+        """From there, where somebody else has put it."""
+        storage.patiently(lambda: self.there.get(name, self.folder / name))
+        self.sent[name] = _stamp(self.folder / name)
 
     def _send(self) -> None:
         here = self._here()
@@ -71,12 +79,9 @@ class Mirror:
             name = inner.as_posix()
             if any(part.startswith(".") and part.endswith((".tmp", ".old", ".part", ".lock")) for part in inner.parts):
                 continue
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            if path.is_file():
-                found[name] = (status.st_size, status.st_mtime_ns)
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    found[name] = _stamp(path)
         return found
 
     def _look(self, here: dict[str, Stamp]) -> None:
@@ -96,16 +101,19 @@ def bring(there: Place, folder: Path, whole: bool, trust: bool = False) -> bool:
     cards = [name for name in sizes if _turn(name) == 1]
     if "config.yaml" not in sizes and "card.json" not in sizes:
         raise ValueError(f"{there.uri} is neither a run nor a checkpoint: it has no config.yaml; look at the name")
-    if whole and folder.is_dir():
-        own = store.newest(folder) if (folder / "checkpoints").is_dir() else None
+    if whole and SWEEP in sizes and (folder / ROWS).is_file() and sizes.get(ROWS, 0) <= (folder / ROWS).stat().st_size:
+        return False
+    if whole and (folder / CHECKPOINTS).is_dir():
+        own = store.newest(folder)
         if own is not None and own.iteration >= max((_iteration(card) for card in cards), default=-1):
             return False
-    if whole and not trust:
-        _owned(there, sizes)
+    if whole and not trust and SWEEP not in sizes:
+        owned(there, sizes)
     checkpoints = {card.removesuffix("card.json") for card in cards}
     folder.mkdir(parents=True, exist_ok=True)
+    left = (CHECKPOINTS, *SHARED) if SWEEP in sizes else (CHECKPOINTS,)
     for name in sizes:
-        if not name.startswith(CHECKPOINTS) and (whole or "rllib/" not in name):
+        if not name.startswith(left) and (whole or "rllib/" not in name):
             storage.patiently(lambda name=name: there.get(name, folder / name))
     for checkpoint in sorted(checkpoints):
         _bring_checkpoint(there, checkpoint, sizes, folder, whole)
@@ -128,11 +136,12 @@ def _bring_checkpoint(there: Place, name: str, sizes: dict[str, int], folder: Pa
     storage.copy_down(source, list(files), target)
 
 
-def _owned(there: Place, sizes: dict[str, int]) -> None:
+def owned(there: Place, sizes: dict[str, int]) -> None:
     """Resuming unpickles what lies there: a disk says whose it is, a bucket cannot."""
     how = "resume with --trust if you know where it comes from"
     if there.local and hasattr(os, "getuid"):
-        owners = {os.lstat(f"{there.root.rstrip('/')}/{name}").st_uid for name in sizes} - {os.getuid()}
+        root = there.root.rstrip("/")
+        owners = {os.lstat(path).st_uid for path in (root, *(f"{root}/{name}" for name in sizes))} - {os.getuid()}
         if owners:
             others = ", ".join(map(str, sorted(owners)))
             raise ValueError(f"{there.uri} belongs to another user (uid {others}) and resuming unpickles it; {how}")
@@ -148,6 +157,11 @@ def taken(there: Place) -> Callable[[str], bool]:
     """Whether a run of this name lies there."""
     names = set(storage.patiently(there.folders))
     return lambda name: name in names
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _turn(name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,15 +41,15 @@ class Rungs(ASHAScheduler):
 
 
 class Ledger(tune.Callback):
-    """Writes rows.jsonl, and tells the board."""
+    """Writes rows.jsonl, which ``send`` sends on before Tune notes anything, and tells the board."""
 
-    def __init__(self, folder: Path, board: Board | None, total: int) -> None:
-        self.folder, self.board, self.total = folder, board, total
+    def __init__(self, folder: Path, board: Board | None, total: int, send: Callable[[], None]) -> None:
+        self.folder, self.board, self.total, self.send = folder, board, total, send
         self.rows = sweep.read_rows(folder)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps its callbacks in a file; a resumed sweep brings a ledger of its own."""
-        return {"folder": self.folder, "board": None, "total": self.total, "rows": []}
+        return {"folder": self.folder, "board": None, "total": self.total, "rows": [], "send": None}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._show()
@@ -79,6 +79,7 @@ class Ledger(tune.Callback):
         self.rows.append(row)
         with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=_plain) + "\n")
+        self.send()
         self._show()
 
     def _show(self) -> None:
@@ -86,9 +87,9 @@ class Ledger(tune.Callback):
             self.board.shows(sweep.outcomes(self.rows, ended=False), self.total)
 
 
-def callbacks(folder: Path, board: Board, total: int, track: TrackSettings) -> list[Any]:
+def callbacks(folder: Path, board: Board, total: int, track: TrackSettings, send: Callable[[], None]) -> list[Any]:
     """The ledger, Tune's result.json, and the trackers that the run names."""
-    found: list[Any] = [Ledger(folder, board, total), JsonLoggerCallback()]
+    found: list[Any] = [Ledger(folder, board, total, send), JsonLoggerCallback()]
     if track.tensorboard:
         found.append(TBXLoggerCallback())
     if track.wandb:

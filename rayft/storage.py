@@ -57,13 +57,16 @@ class Place:
 
     def child(self, name: str) -> Place:
         """The folder ``name`` in this one."""
-        path, mark, query = self.uri.partition("?")
+        path, mark, query = self._parts()
         return Place(f"{path.rstrip('/')}/{name}{mark}{query}", self.files, f"{self.root.rstrip('/')}/{name}")
 
     def parent(self) -> Place:
-        path, mark, query = self.uri.partition("?")
+        path, mark, query = self._parts()
         up = self.root.rstrip("/").rpartition("/")[0]
         return Place(f"{path.rstrip('/').rpartition('/')[0]}{mark}{query}", self.files, up)
+
+    def _parts(self) -> tuple[str, str, str]:
+        return self.uri.partition("?") if is_uri(self.uri) else (self.uri, "", "")
 
     def listing(self, below: str = "") -> dict[str, int]:
         """Every file below, with its size; what is still being written is left out."""
@@ -114,6 +117,14 @@ class Place:
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
+
+    def fetched(self, name: str) -> Path:
+        """The file on this machine: itself on a disk, else a copy."""
+        if self.local:
+            return Path(self._path(name))
+        path = cache_folder(self.child(name).uri)
+        self.get(name, path)
+        return path
 
     def delete(self, name: str) -> None:
         """Gone, if it was there."""

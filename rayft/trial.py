@@ -9,18 +9,20 @@ wrong becomes the trial's reason rather than the sweep's end; a lost process is 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import fs
 from ray import tune
 from ray.exceptions import RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -29,8 +31,10 @@ from rayft import loop, store
 from rayft import spec as specs
 from rayft.guards import watch
 from rayft.imports import reason
+from rayft.lease import alone
 from rayft.objective import Objective
 from rayft.search import with_values
+from rayft.storage import Place, patiently
 from rayft.verdict import Samples
 
 UNKNOWN = -1e9  # what Tune is told where there is no objective: it cannot rank NaN
@@ -42,7 +46,7 @@ class Told:
     """What all trials of a sweep have in common."""
 
     tree: dict[str, Any]  # the run, without the values that a trial puts there
-    folder: str  # of the sweep
+    home: Place  # of what they share
     where: str  # its working directory, which relative paths in the run are from
     objective: Objective
 
@@ -102,7 +106,7 @@ class Trial(tune.Trainable):
         self.algo = config.build_algo()
         self.algo.horizon = self.spec.iterations
         self.mark = self.algo.rewards.meter.mark()
-        share_pretrained(self.algo, self.spec, Path(self.told.folder))
+        share_pretrained(self.algo, self.spec, self.told.home)
 
     def _advance(self) -> None:
         algo, last = self.algo, self.spec.iterations
@@ -143,7 +147,7 @@ class Trial(tune.Trainable):
         self.algo.sync()
         told = {"lr": self.algo.settings.lr, "weight_decay": self.algo.settings.weight_decay}
         self.algo.learner_group.foreach_learner(lambda learner: _set_optimizer(learner, told))
-        share_pretrained(self.algo, self.spec, Path(self.told.folder))
+        share_pretrained(self.algo, self.spec, self.told.home)
         self.mark, self.row = self.algo.rewards.meter.mark(), dict(found.card["row"])
 
     def _costs(self) -> dict[str, Any]:
@@ -194,16 +198,18 @@ def still_there(noted: Any) -> bool:
     and without any the trial starts anew.
     """
     place = getattr(noted, "checkpoint", None)
-    if place is None or Path(place.path).is_dir():
+    if place is None or place.filesystem.get_file_info(place.path).type == fs.FileType.Directory:
         return True
-    cards = sorted(Path(place.path).parent.glob("checkpoint_*/card.json"))
+    folder = str(Path(place.path).parent)
+    trial = Place(folder, place.filesystem, folder)
+    cards = [name for name in trial.listing() if fnmatch(name, "checkpoint_*/card.json")]
     if cards:
-        noted.checkpoint = tune.Checkpoint.from_directory(str(cards[-1].parent))
-        noted.metrics = {"training_iteration": json.loads(cards[-1].read_text())["step"]}
+        noted.checkpoint = tune.Checkpoint(f"{folder}/{Path(cards[-1]).parent}", place.filesystem)
+        noted.metrics = {"training_iteration": json.loads(trial.read(cards[-1]) or b"{}")["step"]}
     return bool(cards)
 
 
-def share_pretrained(algo: Any, spec: specs.RunSpec, folder: Path) -> None:
+def share_pretrained(algo: Any, spec: specs.RunSpec, home: Place) -> None:
     """The pretrained model's samples, drawn and scored once in a sweep by whichever trial needs them first.
 
     Trials whose chain, domain or reward differ have files of their own.
@@ -213,27 +219,23 @@ def share_pretrained(algo: Any, spec: specs.RunSpec, folder: Path) -> None:
     what = [told[name] for name in ("domain", "chain", "reward", "watch")] + [scoring]
     what.append(told["evaluate"]["pretrained_chains"])
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    path, recipe = folder / f"pretrained-{digest}.npz", folder / f"pretrained-{digest}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f".pretrained-{digest}.lock"):
-        if not path.is_file():
+    samples, recipe = f"pretrained-{digest}.npz", f"pretrained-{digest}.json"
+    with alone(home, f"pretrained-{digest}"):
+        if not patiently(lambda: home.has(samples)):
             algo.draw_pretrained()
             if algo.scoring.max_reward_calls is None:
-                store.write_text(folder / f"signal-{digest}.json", json.dumps(algo.signal()))
-            store.write_text(recipe, json.dumps(algo.rewards.recipe.state()))
-            temporary = path.with_name(f".{path.name}")
-            algo.pretrained.save(temporary)
-            temporary.replace(path)
-    algo.pretrained = Samples.load(path)
-    algo.rewards.recipe = algo.rewards.recipe.with_state(json.loads(recipe.read_text()))
+                _write(home, f"signal-{digest}.json", algo.signal())
+            _write(home, recipe, algo.rewards.recipe.state())
+            with tempfile.TemporaryDirectory() as folder:
+                algo.pretrained.save(Path(folder) / samples)
+                patiently(lambda: home.put(Path(folder) / samples, samples))
+    algo.pretrained = Samples.load(patiently(lambda: home.fetched(samples)))
+    state = json.loads(patiently(lambda: home.read(recipe)) or b"{}")
+    algo.rewards.recipe = algo.rewards.recipe.with_state(state)
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone among all processes; freed by the death of whoever holds it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _write(home: Place, name: str, told: Any) -> None:
+    patiently(lambda: home.write(name, json.dumps(told).encode()))
 
 
 def _set_optimizer(learner: Any, told: Mapping[str, float]) -> None:

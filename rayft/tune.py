@@ -2,7 +2,8 @@
 
     search -> Tune (who runs, who is stopped) -> Trial (a run) -> rows.jsonl -> tables, best checkpoint, report
 
-A sweep is a folder. What is paid once for all trials lies in it: the samples that price J*, and RGDM's pay-off bank.
+A sweep is a folder, or one on a storage that every machine reaches and one here that is sent there. What is paid once
+for all trials lies in it: the samples that price J*, and RGDM's pay-off bank.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import yaml
 from ray import tune
 
-from rayft import board, display, loop, steer, storage, store, sweep, sweep_page
+from rayft import board, cluster, comeback, display, loop, mirror, steer, storage, store, sweep, sweep_page
 from rayft import search as searches
 from rayft import spec as specs
-from rayft.mirror import Mirror
 from rayft.search import Search
 from rayft.sweep import Outcome
 from rayft.trial import Told, Trial
@@ -58,6 +58,11 @@ class Sweep:
     interrupted: bool = False
     calls: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    problem: str = ""  # why the last send failed
+
+    def __post_init__(self) -> None:
+        self.home = home_of(self.spec, self.folder)
+        self.mirror = None if self.spec.storage is None else mirror.Mirror(self.folder, self.home)
 
     def execute(self, resume: bool) -> list[Outcome]:
         """Runs to the end; outcomes, the best first. ``sweep.json`` says how it ended."""
@@ -105,7 +110,8 @@ class Sweep:
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=str(self.folder.resolve()),
+                storage_path=self.home.root,
+                storage_filesystem=self.files,
                 callbacks=self.callbacks(),
                 checkpoint_config=steer.checkpoints(self.search),
                 failure_config=tune.FailureConfig(max_failures=self.spec.checkpoint.max_failures),
@@ -115,25 +121,31 @@ class Sweep:
 
     def restored(self) -> tune.Tuner:
         """The sweep as it was last noted: finished trials stay, the others go on from their checkpoints."""
-        path = self.folder.resolve() / "trials"
-        found = tune.Tuner.restore(str(path), self.trainable(), param_space=steer.param_space(self.search))
-        found._local_tuner.get_run_config().callbacks = self.callbacks()  # type: ignore[union-attr]
+        path, space = f"{self.home.root}/trials", steer.param_space(self.search)
+        found = tune.Tuner.restore(path, self.trainable(), param_space=space, storage_filesystem=self.files)
+        own: Any = found._local_tuner
+        own.get_run_config().callbacks = self.callbacks()
+        if isinstance(own._tune_config.scheduler, steer.Rungs):
+            own._tune_config.scheduler.folder = str(self.folder)  # where it was begun may be another machine
         return found
 
+    @property
+    def files(self) -> Any:
+        """Tune finds its own way to a disk."""
+        return None if self.home.local else self.home.files
+
     def trainable(self) -> Any:
-        folder = self.folder.resolve()
-        away = None if self.spec.storage is None else storage.place(self.spec.storage).child(folder.name)
-        bank = str(folder / "bank") if away is None else away.child("bank").uri
-        told = Told(self.search.banked(bank), str(folder), os.getcwd(), self.search.objective)
+        told = Told(self.search.banked(self.home.child("bank").uri), self.home, os.getcwd(), self.search.objective)
         return tune.with_resources(tune.with_parameters(Trial, told=told), request(self.spec))
 
     def callbacks(self) -> list[Any]:
-        return steer.callbacks(self.folder.resolve(), self.view, self.search.trials, self.spec.track)
+        return steer.callbacks(self.folder.resolve(), self.view, self.search.trials, self.spec.track, self.send)
 
     # -- what is left on disk
 
     def finish(self, results: Any) -> list[Outcome]:
         """Tables, the best checkpoint, its YAML, and the page."""
+        self.fetch()
         rows = sweep.read_rows(self.folder)
         found, self.calls = sweep.outcomes(rows, ended=True), sweep.paid(rows)
         if found:
@@ -143,21 +155,34 @@ class Sweep:
             self.keep(best, results)
         self.note(calls=dict(self.calls))
         sweep_page.write(self.folder)
-        if self.spec.storage is not None:
-            problem = Mirror(self.folder, storage.place(self.spec.storage).child(self.folder.name)).send()
-            if problem:
-                self.view.event(f"the sweep {problem}")
+        self.send()
         return found
+
+    def fetch(self) -> None:
+        """What trials left at the storage for the page."""
+        if self.mirror is None:
+            return
+        try:
+            for name in storage.patiently(self.home.listing):
+                if name.startswith(("pretrained-", "signal-")):
+                    self.mirror.fetch(name)
+        except (OSError, pa.ArrowException) as error:
+            self.view.event(f"the page lacks what lies at {self.home.uri} ({storage.plainly(error)})")
+
+    def send(self) -> None:
+        """To the storage. What cannot be sent is told once, and goes with the next row."""
+        before, self.problem = self.problem, "" if self.mirror is None else self.mirror.send()
+        if self.problem and not before:
+            self.view.event(f"the sweep {self.problem}")
 
     def keep(self, best: Outcome, results: Any) -> None:
         """<sweep>/best and best.yaml."""
         mine = [one for one in results if Path(one.path).name == best.name]
         known = [pair for one in mine for pair in one.best_checkpoints if pair[1].get("score", -math.inf) > -math.inf]
         if known:
-            path = Path(max(known, key=lambda pair: pair[1]["score"])[0].path)
             temporary = self.folder / ".best.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(path, temporary)
+            max(known, key=lambda pair: pair[1]["score"])[0].to_directory(str(temporary))
             shutil.rmtree(self.folder / "best", ignore_errors=True)
             temporary.rename(self.folder / "best")
         tree = searches.with_values(self.search.tree, best.values)
@@ -197,40 +222,45 @@ class Sweep:
                 signal.signal(number, handler)
 
 
-def asked(file: str | None, overrides: Sequence[str], resume: str | bool | None) -> tuple[specs.RunSpec, Path | None]:
+def asked(
+    file: str | None, overrides: Sequence[str], resume: str | bool | None, trust: bool = False
+) -> tuple[specs.RunSpec, Path | None]:
     """(the spec, the folder of the sweep that goes on)."""
     spec = None if file is None else specs.read(file, overrides)
-    folder = None
-    if isinstance(resume, str):
-        folder = Path(resume)
-    elif resume:
-        if spec is None:
-            raise ValueError("nothing to resume: give the folder of a sweep, or its YAML")
-        named = re.compile(rf"{re.escape(spec.name)}(-\d+)?")
-        found = [path.parent for path in Path(spec.output).glob("*/sweep.json") if named.fullmatch(path.parent.name)]
-        if not found:
-            raise ValueError(f"nothing to resume: no sweep named {spec.name!r} in {spec.output}; start it first")
-        folder = max(found, key=lambda path: (path / "sweep.json").stat().st_mtime)
+    folder, away = comeback.meant(resume, spec, trust, sweep=True)
     if folder is None:
         if spec is None:
-            raise ValueError("nothing to tune: give a YAML with a search: block, or the name of a shipped config")
+            what = "resume: give the folder of a sweep, or its YAML" if resume else "tune: give a YAML with a search: "
+            raise ValueError(f"nothing to {what}{'' if resume else 'block, or the name of a shipped config'}")
         return spec, None
-    own = opened(folder)
-    if spec is not None and spec.full() != own.full():
+    own = opened(folder, away, trust)
+    if spec is not None and _lasting(spec) != _lasting(own):
         raise ValueError(f"{folder} was begun with another config, which a sweep keeps; resume it by its folder alone")
     return own, folder
 
 
-def opened(folder: Path) -> specs.RunSpec:
+def _lasting(spec: specs.RunSpec) -> dict[str, Any]:
+    """The config without where it lies and what it is called there."""
+    return {key: value for key, value in spec.full().items() if key not in ("name", "output", "storage")}
+
+
+def opened(folder: Path, away: str | None = None, trust: bool = False) -> specs.RunSpec:
     """The spec of an existing sweep, which is this user's: resuming unpickles what Tune left there."""
-    if not (folder / "sweep.json").is_file():
+    if not (folder / mirror.SWEEP).is_file():
         raise ValueError(f"{folder} is not a sweep: it has no sweep.json; give the folder that `rayft tune` printed")
-    if not (folder / "trials" / "tuner.pkl").is_file():
+    spec = comeback.opened(folder, away)
+    home = home_of(spec, folder)
+    if not storage.patiently(lambda: home.has("trials/tuner.pkl")):
         raise ValueError(f"{folder} was stopped before its first trial; start it again without --resume")
-    owners = {path.lstat().st_uid for path in (folder, *(folder / "trials").glob("*"))}
-    if hasattr(os, "getuid") and owners != {os.getuid()}:
-        raise ValueError(f"{folder} belongs to another user and resuming unpickles it; start a sweep of your own")
-    return specs.open_folder(folder)
+    if not trust:
+        mirror.owned(home, storage.patiently(home.listing))
+    return spec
+
+
+def home_of(spec: specs.RunSpec, folder: Path) -> storage.Place:
+    """Where a sweep's trials and what they share lie: on its storage, else in its folder."""
+    here = folder.resolve()
+    return storage.place(str(here)) if spec.storage is None else storage.place(spec.storage).child(here.name)
 
 
 def tried(spec: specs.RunSpec) -> Search:
@@ -247,6 +277,7 @@ def run(spec: specs.RunSpec, search: Search, folder: Path | None, quiet: bool) -
     folder = folder or loop.create_folder(spec)
     sweeping = Sweep(spec, search, folder, board.choose(quiet))
     try:
+        _seen(sweeping, resume)
         found = sweeping.execute(resume)
     finally:
         sweeping.view.close()
@@ -254,12 +285,22 @@ def run(spec: specs.RunSpec, search: Search, folder: Path | None, quiet: bool) -
     display.show(board.ranking(found, f"{search.objective}, the best first"))
     print(sweep.cost_line(sweeping.calls, sweeping.seconds, len(found)))
     if sweeping.interrupted:
-        print(f"saved; continue with: rayft tune --resume {folder}", file=sys.stderr)
+        where = folder if sweeping.mirror is None else sweeping.home.uri
+        print(f"saved; continue with: rayft tune --resume {where}", file=sys.stderr)
         return 130
     if sweep.winner(found) is None:
         raise ValueError(sweep.failure(found))
     print(f"best: {folder / 'best'}, and as a run of its own: rayft run {folder / 'best.yaml'}")
     return 0
+
+
+def _seen(sweeping: Sweep, resume: bool) -> None:
+    try:
+        cluster.sees(sweeping.home)
+    except ValueError:
+        if not resume:
+            shutil.rmtree(sweeping.folder)
+        raise
 
 
 def plan(spec: specs.RunSpec) -> str:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from test_bank import MANIFEST, same, shard
 
-from rayft import storage, store
+from rayft import lease, storage, store
 from rayft.cli import main
-from rayft.payoff import lease
 from rayft.payoff.bank import open_bank
 from rayft.table import Table
 
@@ -67,7 +66,7 @@ MAKER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
-from rayft.payoff import lease
+from rayft import lease
 from rayft.payoff.bank import open_bank
 from test_bank import MANIFEST, shard
 lease.POLL = 0.05

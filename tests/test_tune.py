@@ -19,7 +19,7 @@ import pytest
 import yaml
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from rayft import store, sweep
+from rayft import storage, store, sweep
 from rayft.cli import main
 from rayft.objective import Objective
 from rayft.table import Table
@@ -165,7 +165,12 @@ def test_pbt_trains_with_what_it_copied_and_changed(ray_session, tmp_path):
 
 
 def test_a_restored_optimizer_has_the_learning_rate_of_its_own_trial(ray_session, tmp_path):
-    told = Told({k: v for k, v in RUN.items() if k != "track"}, str(tmp_path), os.getcwd(), Objective({"reward": 1.0}))
+    told = Told(
+        {k: v for k, v in RUN.items() if k != "track"},
+        storage.place(str(tmp_path)),
+        os.getcwd(),
+        Objective({"reward": 1.0}),
+    )
     donor, copier = Trial.__new__(Trial), Trial.__new__(Trial)
     try:
         donor.setup({"training.lr": 1e-2, "training.weight_decay": 0.1}, told=told)
@@ -236,7 +241,7 @@ def test_a_trial_past_its_kl_budget_is_stopped(ray_session, tmp_path):
     tree = {**RUN, "evaluate": {**RUN["evaluate"], "max_kl": 1e-6}}
     trial = Trial.__new__(Trial)
     try:
-        trial.setup({}, told=Told(tree, str(tmp_path), os.getcwd(), Objective({"reward": 1.0})))
+        trial.setup({}, told=Told(tree, storage.place(str(tmp_path)), os.getcwd(), Objective({"reward": 1.0})))
         row = trial.step()
     finally:
         trial.cleanup()
@@ -257,11 +262,11 @@ def test_fewer_cpus_than_a_trial_needs_are_said_at_once(ray_session, tmp_path):
 # -- what is killed
 
 
-def begun(folder, ready):
+def begun(folder, ready, *overrides):
     """A sweep in a process of its own, as soon as ``ready(rows)`` holds."""
     search = {"space": LR, "trials": 4, "scheduler": "none", "max_concurrent": 2, "objective": "attained"}
     path = written(folder, search, iterations=12)
-    command = [sys.executable, "-m", "rayft.cli", "tune", str(path), f"output={folder / 'runs'}"]
+    command = [sys.executable, "-m", "rayft.cli", "tune", str(path), f"output={folder / 'runs'}", *overrides]
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     process = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": "local"}, **told)
     deadline = time.monotonic() + 120

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayft.payoff.lease import lease
+from rayft.lease import lease
 from rayft.storage import Place, cache_folder, is_uri, patiently, plainly, ready
 
 FORMAT = 1

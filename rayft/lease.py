@@ -1,4 +1,4 @@
-"""Alone with a name on a storage, among machines that share nothing else.
+"""Alone with a name on a storage: by the kernel's lock on a disk, by marks among machines that share nothing else.
 
     nobody's mark there  ->  mark it  ->  still nobody else's: ours;  else take ours away, wait, again
 
@@ -10,20 +10,35 @@ slow, two make the same shard: that costs calls, never a wrong byte.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import random
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 
-from rayft.storage import Place, patiently
+from rayft.storage import Place, is_uri, patiently
 
 RENEW, STALE = 5.0, 30.0  # seconds between two renewals, and without one until a mark counts as left behind
 POLL = 1.0  # seconds between two looks, on average
 
 Seen = dict[str, tuple[object, float]]  # mark -> (how it was found, since when by this machine's clock)
+
+
+@contextlib.contextmanager
+def alone(there: Place, name: str) -> Iterator[None]:
+    """Waits for its turn. At a plain path the lock is freed by the death of whoever holds it."""
+    if is_uri(there.uri):
+        with lease(there, name):
+            yield
+        return
+    Path(there.root).mkdir(parents=True, exist_ok=True)
+    with (Path(there.root) / f".{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
