@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from rayft import loop, spec
 from rayft.rl.near import node_of
@@ -36,6 +38,7 @@ PPO = ["toy_ppo", "training.chains=64", "training.minibatch_size=64", "resources
 OFF_POLICY = ["training.payoff_actors=1", "training.payoff_lead=1", "training.x_0_above=5"]
 RGDM = ["toy_rgdm", "training.chains=64", "training.minibatch_size=64", *OFF_POLICY]
 NODES, NUM_NODES = {"num_cpus": 2}, 2  # a run asks for 2.5
+WARNING = 2.0  # seconds from a spot warning to the end
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
@@ -54,6 +57,15 @@ class Ground:
         node = next(node for node in self.nodes if node.node_id == name)
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def warn(self, name: str) -> None:
+        """The node of this id is taken back soon: Ray is told as a cloud would tell it, and places nothing there."""
+        deadline = int(1000 * (time.time() + WARNING))
+        preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = GcsClient(address=self.cluster.address).drain_node(name, preemption, "spot", deadline)
+        assert accepted, why
+        time.sleep(WARNING)
+        self.lose(name)
 
     def complete(self, losses: int) -> None:
         """Enough nodes to lose so many. They are started here: Ray's starting takes the main thread."""
@@ -80,6 +92,7 @@ class Meddler:
     def __init__(self, ground: Ground, run: loop.Run, phases: dict[int, str]) -> None:
         self.ground, self.run, self.phases = ground, run, dict(phases)
         self.opened, self.done = run.open, []
+        self.going: list[threading.Thread] = []
         run.open = self.open
 
     def open(self, resume: bool) -> None:
@@ -87,6 +100,7 @@ class Meddler:
         self.opened(resume)
         algo = self.run.algo
         self.wrap("sampling", algo, "collect", lambda: runner_node(algo))
+        self.wrap("warned", algo, "collect", lambda: runner_node(algo))
         self.wrap("scoring", algo.rewards, "submit", lambda: node(algo.rewards.crews[0].pool.roster.seats[0].actor))
         self.wrap("learning", algo, "learn", lambda: learner_node(algo))
         self.wrap("checkpointing", algo, "save_to_path", lambda: learner_node(algo))
@@ -102,12 +116,15 @@ class Meddler:
                 return work(*told, **named)
             del self.phases[self.run.algo.iteration]
             self.done.append(phase)
-            going = threading.Thread(target=self.ground.lose, args=(where(),))
+            warned = phase == "warned"
+            going = threading.Thread(target=self.ground.warn if warned else self.ground.lose, args=(where(),))
             going.start()
+            self.going.append(going)
             try:
                 return work(*told, **named)
             finally:
-                going.join()
+                if not warned:
+                    going.join()
 
         setattr(owner, name, disturbed)
 
@@ -134,6 +151,8 @@ def run_through(ground: Ground, folder: Path, told: list[str], phases: dict[int,
     meddler = Meddler(ground, run, phases)
     before = time.monotonic()
     run.execute(resume=False)
+    for going in meddler.going:
+        going.join()
     weights = run.folder / f"checkpoints/iteration_{asked.iterations:06d}/weights.safetensors"
     rows = Table(run.folder / "metrics.csv").rows
     counted = ("iteration", "reward_mean", "reward_calls", "chains")

@@ -51,3 +51,8 @@ def test_a_node_lost_while_candidates_are_drawn_costs_time_alone(tmp_path):
 @pytest.mark.slow
 def test_each_loss_alone_costs_time_alone(tmp_path):
     check(tmp_path, "sampling", "scoring", "learning", "checkpointing")
+
+
+@pytest.mark.slow
+def test_a_node_that_goes_after_a_spot_warning_costs_time_alone(tmp_path):
+    check(tmp_path, "warned")

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from ray.tune import Checkpoint
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
-from rayft import objective, search, spec, steer, sweep, sweep_page, tune
+from rayft import objective, search, spec, steer, storage, sweep, sweep_page, tune
 from rayft.cli import main
 from rayft.verdict import Samples, judge
 
@@ -284,14 +285,18 @@ def test_a_resumed_asha_compares_with_what_was_there_before(tmp_path):
     assert (asked(0.1), asked(0.9)) == ("STOP", "CONTINUE")
 
 
-def test_a_checkpoint_that_was_dropped_is_replaced_by_the_newest(tmp_path):
+def test_a_checkpoint_that_was_dropped_is_replaced_by_the_newest(home):
     from rayft.trial import still_there
 
+    trial = storage.place(home)
     for number, step in ((0, 2), (1, 3)):
-        (tmp_path / f"checkpoint_{number:06d}").mkdir()
-        (tmp_path / f"checkpoint_{number:06d}" / "card.json").write_text(f'{{"step": {step}}}')
-    noted = SimpleNamespace(checkpoint=SimpleNamespace(path=str(tmp_path / "checkpoint_000009")), metrics={})
-    assert still_there(noted)
-    assert noted.checkpoint.path == str(tmp_path / "checkpoint_000001") and noted.metrics == {"training_iteration": 3}
-    lost = SimpleNamespace(checkpoint=SimpleNamespace(path=str(tmp_path / "none" / "checkpoint_000000")), metrics={})
+        trial.write(f"checkpoint_{number:06d}/card.json", f'{{"step": {step}}}'.encode())
+
+    def noted(name):
+        return SimpleNamespace(checkpoint=Checkpoint(f"{trial.root}/{name}", trial.files), metrics={})
+
+    there, dropped, lost = noted("checkpoint_000000"), noted("checkpoint_000009"), noted("none/checkpoint_000000")
+    assert still_there(there) and there.checkpoint.path == f"{trial.root}/checkpoint_000000"
+    assert still_there(dropped) and dropped.metrics == {"training_iteration": 3}
+    assert dropped.checkpoint.path == f"{trial.root}/checkpoint_000001"
     assert not still_there(lost)
