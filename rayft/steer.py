@@ -57,6 +57,8 @@ class Ledger(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if result.get("again"):
+            return
         told = {name: value for name, value in result.items() if name not in TUNES_OWN}
         told["step"], told["seconds"] = told.pop("training_iteration", 0), told.pop("time_total_s", 0.0)
         told["process"] = result.get("pid")

@@ -66,6 +66,7 @@ class Trial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
         self.row: dict[str, Any] = {}
+        self.ended = False  # it was killed after its last row, before Tune noted its end
         self.wrong = self._attempt(lambda: self._open(new_config))
         return True
 
@@ -110,6 +111,9 @@ class Trial(tune.Trainable):
 
     def _advance(self) -> None:
         algo, last = self.algo, self.spec.iterations
+        if self.ended:
+            self.row = {**self.row, **self._costs(), "done": True, "again": True}
+            return
         every, why = self.evaluate.every or last, ""
         until = min(last, (algo.iteration // every + 1) * every)
         while algo.iteration < until and not why:
@@ -149,6 +153,8 @@ class Trial(tune.Trainable):
         self.algo.learner_group.foreach_learner(lambda learner: _set_optimizer(learner, told))
         share_pretrained(self.algo, self.spec, self.told.home)
         self.mark, self.row = self.algo.rewards.meter.mark(), dict(found.card["row"])
+        own = found.card["config"] == json.loads(json.dumps(self.spec.full()))
+        self.ended = own and self.algo.iteration >= self.spec.iterations
 
     def _costs(self) -> dict[str, Any]:
         """Calls so far, by purpose; ``paid`` since the last row, so that what is copied by pbt is not added twice."""
@@ -250,4 +256,4 @@ def _lr_of(learner: Any) -> float:
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("paid", "done")}
+    return {key: value for key, value in row.items() if key not in ("paid", "done", "again")}
