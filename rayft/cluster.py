@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import socket
@@ -216,9 +217,17 @@ def _told(bundle: Bundle, kinds: Sequence[str]) -> str:
 
 def nodes_now() -> list[Bundle]:
     """Resources of every node that is alive, without Ray's own entries."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [_plain(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_now() -> list[Bundle]:
+    """What of them nobody has reserved."""
+    return [_plain(node) for node in state.available_resources_per_node().values()]
+
+
+def _plain(node: Bundle) -> Bundle:
     own, memory = ("node:", "accelerator_type:"), ("memory", "object_store_memory")
-    return [{k: v for k, v in node.items() if not k.startswith(own) and k not in memory} for node in alive]
+    return {k: v for k, v in node.items() if not k.startswith(own) and k not in memory}
 
 
 def could_start() -> list[Bundle]:
@@ -234,23 +243,32 @@ def has_room(
     say: Callable[[str], None],
     now: Callable[[], Sequence[Bundle]] = nodes_now,
     more: Callable[[], Sequence[Bundle]] = could_start,
+    free: Callable[[], Sequence[Bundle]] = free_now,
 ) -> None:
     """Waits until the cluster has room for the run, or says what is missing and what there is."""
-    missing = lacking(kinds, now())
-    if not missing:
-        return
-    scales = not lacking(kinds, [*now(), *more()])
-    seconds = wait if wait is not None else WAIT_FOR_NODES if scales else WAIT
-    how = "the cluster may start nodes for it" if scales else "no node is announced"
-    say(f"{missing}; waiting up to {seconds:g} s, {how}")
-    with _asked_for(kinds, scales):
-        end = time.monotonic() + seconds
-        while missing and time.monotonic() < end:
-            time.sleep(min(0.5, max(0.0, end - time.monotonic())))
-            missing = lacking(kinds, now())
-    if missing:
-        what = "lower resources or scoring.actors, join a larger cluster, or give it longer with --wait SECONDS"
-        raise ValueError(f"{missing}, also after {seconds:g} s: {what}")
+    if missing := lacking(kinds, now()):
+        scales = not lacking(kinds, [*now(), *more()])
+        seconds = wait if wait is not None else WAIT_FOR_NODES if scales else WAIT
+        how = "the cluster may start nodes for it" if scales else "no node is announced"
+        say(f"{missing}; waiting up to {seconds:g} s, {how}")
+        with _asked_for(kinds, scales):
+            missing = _once_there(kinds, now, seconds)
+        if missing:
+            what = "lower resources or scoring.actors, join a larger cluster, or give it longer with --wait SECONDS"
+            raise ValueError(f"{missing}, also after {seconds:g} s: {what}")
+    if taken := lacking(kinds, free()):
+        long = "until others leave room; --wait SECONDS gives up" if wait is None else f"up to {wait:g} s"
+        say(f"{taken} free; waiting {long}")
+        if _once_there(kinds, free, math.inf if wait is None else wait):
+            raise ValueError(f"{taken} free, also after {wait:g} s: wait for the others, or lower resources")
+
+
+def _once_there(kinds: Mapping[str, Sequence[Bundle]], nodes: Callable[[], Sequence[Bundle]], seconds: float) -> str:
+    """What is still missing when it is there, or the time is over."""
+    end = time.monotonic() + seconds
+    while (missing := lacking(kinds, nodes())) and time.monotonic() < end:
+        time.sleep(min(0.5, max(0.0, end - time.monotonic())))
+    return missing
 
 
 @contextlib.contextmanager

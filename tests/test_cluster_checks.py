@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import heads
@@ -70,6 +71,26 @@ def test_a_cluster_without_room_refuses_within_the_wait_and_leaves_nothing(ray_s
     assert said[0].startswith("this run's actors ask for 9 CPU, Ray has 4; waiting up to 1 s")
     assert said[1].startswith("rayft: this run's actors ask for 9 CPU, Ray has 4, also after 1 s: lower resources")
     assert time.monotonic() - began < 20 and not list(tmp_path.iterdir())
+
+
+def test_room_that_others_have_taken_is_waited_for_and_said(ray_session):
+    @ray.remote(num_cpus=3)
+    class Other:
+        """Someone else's work."""
+
+        def here(self):
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.here.remote())
+    end, said, kinds = time.monotonic() + 20, [], {"runner": [{"CPU": 2}]}
+    while cluster.lacking({"other": [{"CPU": 4}]}, cluster.free_now()) == "" and time.monotonic() < end:
+        time.sleep(0.05)  # the head hears of it a moment later
+    with pytest.raises(ValueError, match=r"ask for 2 CPU, Ray has 1 free, also after 0.3 s: wait for the others"):
+        cluster.has_room(kinds, 0.3, said.append)
+    threading.Timer(0.5, ray.kill, (other,)).start()
+    cluster.has_room(kinds, None, said.append)
+    assert said[0].endswith("Ray has 1 free; waiting up to 0.3 s") and "until others leave room" in said[1]
 
 
 # -- versions
