@@ -195,9 +195,10 @@ class Sweep:
         store.write_text(self.folder / "best.yaml", head + yaml.safe_dump(plain, sort_keys=False))
 
     def note(self, **values: Any) -> None:
-        """Adds to ``sweep.json``."""
+        """Adds to ``sweep.json``, without which nobody finds the sweep at its storage."""
         told = {"name": self.folder.name, **_told(self.folder), **values}
         store.write_text(self.folder / "sweep.json", json.dumps(told, indent=1, default=str))
+        self.send()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
