@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import buckets
+import users
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported; otherwise it writes ~/.ray/auth_token
 os.environ.update(buckets.KEYS)  # Ray's workers have what is there when it starts
@@ -35,6 +37,14 @@ def home(request, tmp_path) -> str:
     if request.param == "disk":
         return (tmp_path / "store").as_uri()
     return request.getfixturevalue("bucket").format(tmp_path.name)
+
+
+@pytest.fixture
+def user_file(tmp_path) -> Path:
+    """A module of the user's own."""
+    path = tmp_path / "mine.py"
+    path.write_text(users.USER_CODE)
+    return path
 
 
 @pytest.fixture
