@@ -187,10 +187,13 @@ def test_a_stopped_job_is_saved_and_goes_on_by_name_elsewhere_with_the_same_bits
 
 @pytest.mark.slow
 def test_a_sweep_is_a_job_too_and_the_config_alone_can_be_sent(head, tree, tmp_path, capfd):
-    search = ["search.trials=2", "iterations=2", "evaluate.every=1", f"output={tmp_path / 'runs'}"]
-    assert main(["submit", "toy_rgdm_asha", *search, "--tune", "--installed", "--name", "sweep"]) == 0
+    search = ["search.trials=2", "iterations=2", "evaluate.every=1", f"storage={tmp_path / 'store'}"]
+    sweep = ["submit", "toy_rgdm_asha", *search, "--tune", "--installed"]
+    assert main([*sweep, f"output={tmp_path / 'one'}", "--name", "sweep"]) == 0
     assert "best: " in capfd.readouterr().out
-    assert (tmp_path / "runs/sweep/report.html").is_file()
+    assert (tmp_path / "one/sweep/report.html").is_file() and (tmp_path / "store/sweep/trials/tuner.pkl").is_file()
+    assert main([*sweep, f"output={tmp_path / 'two'}", "--resume", "sweep"]) == 0
+    assert (tmp_path / "two/sweep/rows.jsonl").read_bytes() == (tmp_path / "one/sweep/rows.jsonl").read_bytes()
 
 
 @pytest.mark.slow
