@@ -200,19 +200,24 @@ class Trial(tune.Trainable):
 def still_there(noted: Any) -> bool:
     """Whether there is something to restore.
 
-    A killed sweep's note may name a checkpoint that was dropped since: it is made to name the trial's newest instead,
-    and without any the trial starts anew.
+    A killed sweep's note may name a checkpoint that was dropped since: it is made to name the trial's newest whole one
+    instead, and without any the trial starts anew.
     """
     place = getattr(noted, "checkpoint", None)
     if place is None or place.filesystem.get_file_info(place.path).type == fs.FileType.Directory:
         return True
     folder = str(Path(place.path).parent)
-    trial = Place(folder, place.filesystem, folder)
-    cards = [name for name in trial.listing() if fnmatch(name, "checkpoint_*/card.json")]
-    if cards:
-        noted.checkpoint = tune.Checkpoint(f"{folder}/{Path(cards[-1]).parent}", place.filesystem)
-        noted.metrics = {"training_iteration": json.loads(trial.read(cards[-1]) or b"{}")["step"]}
-    return bool(cards)
+    for name in reversed(Place(folder, place.filesystem, folder).listing()):
+        if not fnmatch(name, "checkpoint_*/card.json"):
+            continue
+        found = tune.Checkpoint(f"{folder}/{Path(name).parent}", place.filesystem)
+        with found.as_directory() as here:
+            card = json.loads((Path(here) / "card.json").read_text())
+            whole = store.tree_hash(Path(here) / "rllib") == card["rllib_sha256"]
+        if whole:
+            noted.checkpoint, noted.metrics = found, {"training_iteration": card["step"]}
+            return True
+    return False
 
 
 def share_pretrained(algo: Any, spec: specs.RunSpec, home: Place) -> None:

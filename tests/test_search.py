@@ -12,7 +12,7 @@ import yaml
 from ray.tune import Checkpoint
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
-from rayft import objective, search, spec, steer, storage, sweep, sweep_page, tune
+from rayft import objective, search, spec, steer, storage, store, sweep, sweep_page, tune
 from rayft.cli import main
 from rayft.verdict import Samples, judge
 
@@ -285,12 +285,16 @@ def test_a_resumed_asha_compares_with_what_was_there_before(tmp_path):
     assert (asked(0.1), asked(0.9)) == ("STOP", "CONTINUE")
 
 
-def test_a_checkpoint_that_was_dropped_is_replaced_by_the_newest(home):
+def test_a_checkpoint_that_was_dropped_is_replaced_by_the_newest_whole_one(home, tmp_path):
     from rayft.trial import still_there
 
     trial = storage.place(home)
-    for number, step in ((0, 2), (1, 3)):
-        trial.write(f"checkpoint_{number:06d}/card.json", f'{{"step": {step}}}'.encode())
+    (tmp_path / "rllib").mkdir()
+    (tmp_path / "rllib/state").write_bytes(b"weights")
+    card = {"rllib_sha256": store.tree_hash(tmp_path / "rllib")}
+    for number, state in enumerate((b"weights", b"weights", b"wei")):  # of the last one not all has arrived
+        trial.write(f"checkpoint_{number:06d}/card.json", json.dumps({**card, "step": number + 2}).encode())
+        trial.write(f"checkpoint_{number:06d}/rllib/state", state)
 
     def noted(name):
         return SimpleNamespace(checkpoint=Checkpoint(f"{trial.root}/{name}", trial.files), metrics={})
