@@ -42,26 +42,20 @@ def parse(
 def _run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", nargs="?", help="YAML, Python file with a `spec`, or shipped config (`rayft configs`)")
     sub.add_argument("overrides", **OVERRIDES, help="for example training.lr=1e-4 seed=3")
-    sub.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="RUN",
-        help="continue RUN (folder, name or URI), or the newest",
-    )
-    sub.add_argument("--trust", action="store_true", help="resume although the checkpoint is not provably your own")
-    sub.add_argument("--dry-run", action="store_true", help="print checked config, memory and placement; start nothing")
-    sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
-    sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
-    sub.add_argument("--wait", type=_seconds, metavar="SECONDS", help="for a cluster that lacks room (30 s)")
+    _trained(sub, "RUN", "continue RUN (folder, name or URI), or the newest", "config, memory and placement")
 
 
 def _tune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", nargs="?", help="a run's YAML with a `search:` block, or a shipped config")
     sub.add_argument("overrides", **OVERRIDES, help="for example search.trials=8")
-    sub.add_argument("--resume", nargs="?", const=True, metavar="SWEEP", help="continue SWEEP, or the newest so named")
-    sub.add_argument("--trust", action="store_true", help="resume although the sweep is not provably your own")
-    sub.add_argument("--dry-run", action="store_true", help="print the checked search and what it needs; start nothing")
+    _trained(sub, "SWEEP", "continue SWEEP (folder, name or URI), or the newest", "search and what it needs")
+
+
+def _trained(sub: argparse.ArgumentParser, what: str, resume: str, plan: str) -> None:
+    """What a run and a sweep have in common."""
+    sub.add_argument("--resume", nargs="?", const=True, metavar=what, help=resume)
+    sub.add_argument("--trust", action="store_true", help=f"resume although the {what.lower()} may not be your own")
+    sub.add_argument("--dry-run", action="store_true", help=f"print the checked {plan}; start nothing")
     sub.add_argument("--quiet", action="store_true", help="print events and the final table only")
     sub.add_argument("--address", help="a Ray cluster to join; a local one is started otherwise")
     sub.add_argument("--wait", type=_seconds, metavar="SECONDS", help="for a cluster that lacks room (30 s)")

@@ -124,9 +124,10 @@ async def _until_the_end(client: Any, name: str, reader: Reader) -> None:
             lost, status = lost or str(error), ""
         if status in ENDED and not lost:
             return
-        lost = lost or ("" if status in ENDED else "closed")  # the head itself ends a log with its job alone
+        lost = lost or ("" if status in (*ENDED, "PENDING") else "closed")  # the head itself ends a log with its job
         if status or reader.seen > before:
-            pause, last, told = FIRST_PAUSE, time.monotonic(), told and not status
+            pause, last = FIRST_PAUSE, time.monotonic()
+        told = told and reader.seen == before  # once until there is news again
         if lost and not told:
             reader.view.event("the connection to the cluster was lost; the job goes on, trying again")
             told = True

@@ -17,19 +17,11 @@ import numpy as np
 import pytest
 import yaml
 from ray._private.runtime_env import packaging
+from users import SMALL
 
 from rayft import follow, jobs, store
 from rayft.cli import main
 
-SMALL = [
-    "training.chains=16",
-    "training.minibatch_size=32",
-    "chain.num_steps=4",
-    "evaluate.every=0",
-    "evaluate.chains=64",
-    "evaluate.pretrained_chains=128",
-    "checkpoint.every=1",
-]
 TREE = {"algorithm": "ppo", "domain": "toy", "reward": "./mine.py:score", "iterations": 2}
 REWARD = "def score(samples):\n    return [float(x[0]) for x in samples]\n"
 

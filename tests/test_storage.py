@@ -13,21 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_store import add_checkpoint, make_run
+from users import SMALL
 
 from rayft import mirror, spec, storage, store
 from rayft.cli import main
 from rayft.mirror import Mirror
 
-SMALL = [
-    "training.chains=16",
-    "training.minibatch_size=32",
-    "chain.num_steps=4",
-    "evaluate.every=0",
-    "evaluate.chains=64",
-    "evaluate.pretrained_chains=128",
-    "checkpoint.every=1",
-    "track.tensorboard=false",
-]
+TOLD = [*SMALL, "track.tensorboard=false"]
 
 
 def test_a_file_goes_up_and_comes_down_as_it_was(home, tmp_path):
@@ -222,12 +214,12 @@ def test_a_run_resumed_on_another_machine_has_the_bits_of_one_that_was_never_sto
     home = bucket.format("bits") if where == "s3" else (tmp_path / "store").as_uri()
     monkeypatch.setenv("RAYFT_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "toy_ppo", *SMALL, "iterations=4", "name=whole", "--quiet"]) == 0
-    assert main(["run", "toy_ppo", *SMALL, "iterations=2", "name=part", f"storage={home}", "--quiet"]) == 0
+    assert main(["run", "toy_ppo", *TOLD, "iterations=4", "name=whole", "--quiet"]) == 0
+    assert main(["run", "toy_ppo", *TOLD, "iterations=2", "name=part", f"storage={home}", "--quiet"]) == 0
     shutil.rmtree("runs/part")
     mark, query = ("?", home.partition("?")[2]) if "?" in home else ("", "")
     uri = f"{home.partition('?')[0]}/part{mark}{query}"
-    told = ["run", "toy_ppo", *SMALL, "iterations=4", "name=part", f"storage={home}", "--quiet", "--resume"]
+    told = ["run", "toy_ppo", *TOLD, "iterations=4", "name=part", f"storage={home}", "--quiet", "--resume"]
     assert main(told) == 0, capfd.readouterr().err
     one, other = store.newest(Path("runs/whole")), store.newest(Path("runs/part"))
     assert one.iteration == other.iteration == 4

@@ -1,4 +1,14 @@
-"""What a person brings along in a file of their own."""
+"""What a person brings along in a file of their own, and what they write to have a run that is soon over."""
+
+SMALL = [
+    "training.chains=16",
+    "training.minibatch_size=32",
+    "chain.num_steps=4",
+    "evaluate.every=0",
+    "evaluate.chains=64",
+    "evaluate.pretrained_chains=128",
+    "checkpoint.every=1",
+]
 
 USER_CODE = '''
 import torch
