@@ -93,7 +93,8 @@ def work(row: Row, quick: bool) -> dict[str, Any]:
     before, after = (Samples.load(path) for path in evaluations(run))
     distance = scale(before) if row.task.startswith("shapes") else None
     found = {"after": looked_at(after, distance), "before": looked_at(before, distance)}
-    found["after"] |= {"frontier_share": float(last["evaluate/frontier_share"]), "calls": float(last["reward_calls"])}
+    share = float(last.get("evaluate/frontier_share") or "nan")  # none where the pretrained weights were kept
+    found["after"] |= {"frontier_share": share, "calls": float(last["reward_calls"])}
     found = {name: {k: v for k, v in told.items() if math.isfinite(v)} for name, told in found.items()}
     return {**found, "minutes": float(last["time_s"]) / 60, "versions": store.versions()}
 
