@@ -65,12 +65,11 @@ def test_a_shard_that_cannot_be_sent_stays_here_and_goes_with_the_next(home, mac
 MAKER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[3])
-from pathlib import Path
 from rayft import lease
 from rayft.payoff.bank import open_bank
 from test_bank import MANIFEST, shard
 lease.POLL = 0.05
-bank = open_bank(Path(sys.argv[1]), MANIFEST)
+bank = open_bank(sys.argv[1], MANIFEST)
 for number in range(3):
     with bank.claim(number):
         if not bank.has(number):
@@ -89,6 +88,8 @@ def test_machines_that_want_the_same_shards_make_each_once(home, tmp_path):
     makers = [start(name) for name in ("one", "two", "three")]
     assert [maker.wait(60) for maker in makers] == [0, 0, 0]
     assert sorted((tmp_path / "made").read_text().split()) == ["0", "1", "2"]
+    there = storage.place(home).listing()
+    assert {"manifest.json", *(f"shard_{number:06d}.arrow" for number in range(3))} <= there.keys()
 
 
 def test_a_claim_whose_owner_died_is_taken_over(tmp_path, monkeypatch):
