@@ -125,7 +125,7 @@ def same_versions(timeout: float = 60.0) -> None:
     for host, theirs in _on_every_node(_version, timeout):
         if isinstance(theirs, RayError):
             last = (str(theirs).strip().splitlines() or [type(theirs).__name__])[-1][:200]
-            raise ValueError(f"node {host} cannot start a process of this project ({last}); see its logs") from None
+            raise ValueError(f"node {host} cannot start a process of this project ({last}); see its logs")
         if theirs != ours:
             what = f"has rayft {theirs}" if theirs else "has no rayft"
             raise ValueError(f"node {host} {what} and this process {ours}: install the same on every node")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Meddler:
     def __init__(self, ground: Ground, run: loop.Run, phases: dict[int, str]) -> None:
         self.ground, self.run, self.phases = ground, run, dict(phases)
         self.opened, self.done = run.open, []
-        self.going: list[threading.Thread] = []
+        self.losses, self.going = ThreadPoolExecutor(), list[Future[None]]()
         run.open = self.open
 
     def open(self, resume: bool) -> None:
@@ -117,14 +117,13 @@ class Meddler:
             del self.phases[self.run.algo.iteration]
             self.done.append(phase)
             warned = phase == "warned"
-            going = threading.Thread(target=self.ground.warn if warned else self.ground.lose, args=(where(),))
-            going.start()
+            going = self.losses.submit(self.ground.warn if warned else self.ground.lose, where())
             self.going.append(going)
             try:
                 return work(*told, **named)
             finally:
                 if not warned:
-                    going.join()
+                    going.result()
 
         setattr(owner, name, disturbed)
 
@@ -152,7 +151,7 @@ def run_through(ground: Ground, folder: Path, told: list[str], phases: dict[int,
     before = time.monotonic()
     run.execute(resume=False)
     for going in meddler.going:
-        going.join()
+        going.result()  # a node that did not go is an error
     weights = run.folder / f"checkpoints/iteration_{asked.iterations:06d}/weights.safetensors"
     rows = Table(run.folder / "metrics.csv").rows
     counted = ("iteration", "reward_mean", "reward_calls", "chains")

@@ -248,7 +248,7 @@ class Exporter:
                     counter.inc(count, tagged)
             for duration in seconds[:: max(1, math.ceil(len(seconds) / OBSERVED))].tolist():
                 self.made[3].observe(duration, tags)
-        except Exception:
+        except Exception:  # whatever Ray's exporter raises: a run is not lost for want of its metrics
             self.failed = True
 
     @staticmethod
