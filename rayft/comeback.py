@@ -32,13 +32,13 @@ def meant(
 
 def _named(name: str | None, spec: RunSpec, trust: bool, sweep: bool) -> tuple[Path, str | None]:
     """The run or sweep ``name``; else the newest of the spec's name. Of one that lies in both, the further one."""
-    here = {path.parent.name: path.parent for path in Path(spec.output).glob("*/config.yaml")}
-    here = {one: path for one, path in here.items() if (path / mirror.SWEEP).is_file() == sweep}
+    begun = (path.parent for path in Path(spec.output).glob("*/config.yaml"))
+    here = {folder.name for folder in begun if (folder / mirror.SWEEP).is_file() == sweep}
     there = None if spec.storage is None else storage.ready(spec.storage)
     away = set() if there is None else set(storage.patiently(there.folders))
     wanted = re.compile(re.escape(name) if name else rf"{re.escape(spec.name)}(-\d+)?")
     away = {one for one in away if wanted.fullmatch(one) and _is_sweep(there, one) == sweep}
-    found = [one for one in here.keys() | away if wanted.fullmatch(one)]
+    found = [one for one in here | away if wanted.fullmatch(one)]
     what, noted = ("sweep", mirror.SWEEP) if sweep else ("run", "run.json")
     if not found:
         where = spec.output if spec.storage is None else f"{spec.output} or {spec.storage}"
