@@ -41,7 +41,7 @@ RUNS, RESULTS = Path("runs/table1"), _result.RESULTS / "table1"
 NUM, NUM_POINTS, BATCH = 200, 512, 40
 GUIDANCE = 0.2  # alpha of TPM
 TARGETS = {"aircraft": "Helicopter", "vehicle": "Bus", "seat": "WheelChair"}
-TRAINED = ("rgdm", "rgdm_importance", "rgdm_gradient", "rgdm_annealing", "ppo", "rwmle")
+TRAINED = ("rgdm", "rgdm_importance", "rgdm_gradient", "rgdm_annealing", "ppo", "rwmle", "backprop")
 METHODS = ("pretrained", "conditional", "tpm", *TRAINED)
 OWN = {"rgdm": ["training.lr=1e-3"]}  # real shapes take larger steps than the shipped model
 SEEDS = {"aircraft": 3, "vehicle": 1, "seat": 1}
@@ -53,17 +53,19 @@ SHORT = {
     "JSD": "jsd",
     "1-NN, CD": "one_nn",
 }
-SHOWN = {  # column -> heading, factor, and whether more is better
-    "all/mmd_cd": ("MMD CD x10", 10, False),
-    "all/mmd_emd": ("EMD x10", 10, False),
-    "all/cov_cd": ("COV CD %", 100, True),
-    "all/cov_emd": ("EMD %", 100, True),
-    "all/jsd": ("JSD", 1, False),
-    "hit/voxnet": ("hit %", 100, True),
-    "test/mmd_cd": ("test MMD CD x10", 10, False),
-    "test/cov_cd": ("COV %", 100, True),
+SHOWN = {  # column -> heading, factor, and the value that it is best near
+    "all/mmd_cd": ("MMD CD x10", 10, 0.0),
+    "all/mmd_emd": ("EMD x10", 10, 0.0),
+    "all/cov_cd": ("COV CD %", 100, 1.0),
+    "all/cov_emd": ("EMD %", 100, 1.0),
+    "all/jsd": ("JSD", 1, 0.0),
+    "all/one_nn": ("1-NN %", 100, 0.5),
+    "hit/voxnet": ("hit %", 100, 1.0),
+    "test/mmd_cd": ("test MMD CD x10", 10, 0.0),
+    "test/cov_cd": ("COV %", 100, 1.0),
 }
-PAID = ("evaluate/kl", "evaluate/frontier_share", "reward_calls", "time_s")
+Z = 1.96  # half a 95 % interval, in standard deviations
+REACHED, PAID = ("evaluate/kl", "evaluate/frontier_share"), ("reward_calls", "time_s")
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,19 @@ def main() -> None:
     parser.add_argument("--data", default=DATA, help="npz of the shapes ($RAYFT_SHAPES)")
     parser.add_argument("--show", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names contain one of these words")
-    parser.add_argument("--row", help="this row, in this process")
-    told = parser.parse_args()
     rows = {row.name: row for row in QUEUE}
+    parser.add_argument("--row", help="this row, in this process", choices=rows, metavar="NAME")
+    told = parser.parse_args()
     if told.row:
         work(rows[told.row], told.data)
         return
     wanted = [row for row in QUEUE if not told.only or any(word in row.name for word in told.only)]
+    if not wanted:
+        parser.error(f"no row's name contains {' or '.join(told.only)}; they are {', '.join(rows)}")
     for row in wanted if not (told.show or told.quick) else ():
         if not row.file.is_file():
             print(row.name, flush=True)
-            subprocess.run(
-                [sys.executable, "-m", "benchmarks.table1", "--data", told.data, "--row", row.name], check=True
-            )
+            called("-m", "benchmarks.table1", "--data", told.data, "--row", row.name)
     show()
     result = _result.Result("table1", figures())
     result.write(_result.folder(told) if result.figures and not told.show else None)
@@ -123,8 +125,10 @@ def work(row: Row, data: str) -> None:
     clouds = drawn(policy, domain, row.seed)
     sound = np.stack([cloud for cloud in clouds if cloud is not None])
     hit = {f"hit/{network}": [hits(clouds, row.category, network, data)] for network in ("pointnet", "voxnet")}
-    found: dict[str, Any] = {"num": len(clouds), "broken": len(clouds) - len(sound), **told, "draws": hit}
-    for name, reference in references(row.category, data).items():
+    real = references(row.category, data)
+    found: dict[str, Any] = {"num": len(clouds), "broken": len(clouds) - len(sound)}
+    found |= {"references": {name: len(reference) for name, reference in real.items()}, **told, "draws": hit}
+    for name, reference in real.items():
         entries = metrics.compare(sound, reference, seed=row.seed).entries
         found["draws"] |= {f"{name}/{SHORT[e.name]}": list(e.draws) for e in entries if e.name in SHORT}
     found |= {"seconds": time.perf_counter() - start, "versions": store.versions()}
@@ -175,7 +179,7 @@ def references(category: str, data: str) -> dict[str, np.ndarray]:
 
 
 def hits(clouds: list[Any], category: str, network: str, data: str) -> float:
-    """The share of clouds that a classifier says are of the target; one that is no cloud is none of them."""
+    """The share of clouds that a classifier gives more than even odds of the target; what is no cloud has none."""
     margin = Margin(TARGETS[category], str(classifier(category, data, network)))
     kept = [cloud for cloud in clouds if cloud is not None]
     return float((margin(kept) > 0).sum() / len(clouds)) if kept else 0.0
@@ -199,12 +203,12 @@ def classifier(category: str, data: str, network: str) -> Path:
     file = RUNS / f"{category}-{network}.safetensors"
     if not file.is_file():
         told = ["--network", network, "--data", data, "--group", category, "--seed", str(int(network == "voxnet"))]
-        subprocess.run([sys.executable, "-m", "envs.shapes.recognise", str(file), *told], check=True)
+        called("-m", "envs.shapes.recognise", str(file), *told)
     return file
 
 
 def finished(row: Row, data: str) -> dict[str, float]:
-    """The run of this row, begun, resumed or already there; the last numbers of its table."""
+    """The run of this row, begun, resumed or already there."""
     marks = row.run / "run.json"
     if not (marks.is_file() and json.loads(marks.read_text()).get("status") == "finished"):
         label, watched = TARGETS[row.category], str(classifier(row.category, data, "voxnet"))
@@ -216,71 +220,112 @@ def finished(row: Row, data: str) -> dict[str, float]:
         told += [f"watch.held_out.label={label}", f"watch.held_out.classifier={watched}"]
         begun = (row.run / "config.yaml").is_file()
         rayft("run", *(["--resume", str(row.run)] if begun else [f"shapes_helicopter_{row.method}", *told]), "--quiet")
-    with (row.run / "metrics.csv").open() as file:
-        last = list(csv.DictReader(file))[-1]
-    told_last = {name.removeprefix("evaluate/"): float(last[name]) for name in PAID if last.get(name)}
-    return {name: value for name, value in told_last.items() if np.isfinite(value)}
+    return paid(row.run)
+
+
+def paid(run: Path) -> dict[str, float]:
+    """What the weights that are sampled reached when they were evaluated, and what the whole run cost."""
+    kept = store.load(run).iteration
+    with (run / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    at = next(line for line in lines if float(line["iteration"]) == kept)
+    told = {name.removeprefix("evaluate/"): at[name] for name in REACHED} | {name: lines[-1][name] for name in PAID}
+    return {name: float(value) for name, value in told.items() if value and np.isfinite(float(value))}
 
 
 def rayft(*told: str) -> None:
-    subprocess.run([sys.executable, "-m", "rayft.cli", *told], check=True)
+    called("-m", "rayft.cli", *told)
+
+
+def called(*told: str) -> None:
+    """Another process of this Python; what it says is enough where it fails."""
+    code = subprocess.run([sys.executable, *told], check=False).returncode
+    if code:
+        sys.exit(code)
 
 
 # -- the table
 
 
 def show() -> None:
-    """A table for each category; the best, and all that cannot be told from it, carry a star."""
+    """A table for each category."""
     for category in TARGETS:
-        found = draws_of(category)
+        found = measured(category)
         if not found:
             continue
         rows = []
         for method, told in found.items():
-            cells = [
-                f"{factor * np.mean(told[c]):.3g}{'*' * (method in best(found, c))}"
-                for c, (_, factor, _) in SHOWN.items()
-            ]
-            rows.append([method, *cells])
-        _result.show(f"{category} -> {TARGETS[category]}", ("method", *(told[0] for told in SHOWN.values())), rows)
+            starred = [(c, "*" * (method in best(found, c))) for c in SHOWN]
+            rows.append([method, *(f"{SHOWN[c][1] * told[c].value:.3g}{star}" for c, star in starred)])
+        heading = ("method", *(told[0] for told in SHOWN.values()))
+        _result.show(f"{category} -> {TARGETS[category]}", heading, rows, "* the best, and all that tie with it")
 
 
-def draws_of(category: str) -> dict[str, dict[str, np.ndarray]]:
-    """Method -> column -> its value at every draw of every seed."""
-    found: dict[str, dict[str, list[float]]] = {}
+@dataclass(frozen=True)
+class Measured:
+    """A mean over seeds, and the variance of that mean."""
+
+    value: float
+    variance: float
+
+    @property
+    def figure(self) -> _result.Figure:
+        half = Z * self.variance**0.5
+        return _result.Figure(self.value, self.value - half, self.value + half)
+
+
+def measured(category: str) -> dict[str, dict[str, Measured]]:
+    """Method -> column -> what its seeds found."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in QUEUE:
         if row.category == category and row.file.is_file():
-            columns = found.setdefault(row.method, {})
-            for name, values in json.loads(row.file.read_text())["draws"].items():
-                columns.setdefault(name, []).extend(values)
-    return {method: {name: np.array(v) for name, v in columns.items()} for method, columns in found.items()}
+            found.setdefault(row.method, []).append(json.loads(row.file.read_text()))
+    return {method: {name: over_seeds(rows, name) for name in rows[0]["draws"]} for method, rows in found.items()}
 
 
-def best(found: dict[str, dict[str, np.ndarray]], column: str) -> list[str]:
-    """The method with the best mean, and those whose difference to it has an interval that holds 0."""
-    more = SHOWN[column][2]
-    means = {method: float(np.mean(told[column])) for method, told in found.items()}
-    first = (max if more else min)(means, key=lambda method: means[method])
+def over_seeds(rows: list[dict[str, Any]], name: str) -> Measured:
+    """Of one column. One seed tells what its clouds scatter; several also how runs differ, and the larger counts."""
+    means = [float(np.mean(row["draws"][name])) for row in rows]
+    variance = float(np.mean([within(row, name) for row in rows]))
+    if len(rows) > 1:
+        variance = max(variance, float(np.var(means, ddof=1)))
+    return Measured(float(np.mean(means)), variance / len(rows))
+
+
+def within(row: dict[str, Any], name: str) -> float:
+    """The variance of one row's mean, had other clouds been generated.
+
+    Draws of m of the same n clouds have 1 - m/n of the variance that independent sets of m would have, and the mean of
+    all draws has m/n of that; what a few draws miss comes on top. A share of hits is binomial (one of each added).
+    """
+    kind, draws = name.split("/")[0], row["draws"][name]
+    if kind == "hit":
+        share = (draws[0] * row["num"] + 1) / (row["num"] + 2)
+        return share * (1 - share) / row["num"]
+    part = row["references"][kind] / (row["num"] - row["broken"])
+    return float(np.var(draws, ddof=1)) * (part / (1 - part) + 1 / len(draws))
+
+
+def best(found: dict[str, dict[str, Measured]], column: str) -> list[str]:
+    """The method that comes nearest to the best there is, and those whose difference to it has an interval with 0."""
+    aim = SHOWN[column][2]
+    first = min(found, key=lambda method: abs(found[method][column].value - aim))
     return [method for method in found if method == first or tied(found[method][column], found[first][column])]
 
 
-def tied(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether the differences of a draw of each lie on both sides of 0: 95 % of all pairs of draws."""
-    low, high = np.percentile(np.subtract.outer(one, other), [2.5, 97.5])
-    return bool(low <= 0 <= high)
+def tied(one: Measured, other: Measured) -> bool:
+    """Whether the 95 % interval of the difference holds 0."""
+    return abs(one.value - other.value) <= Z * (one.variance + other.variance) ** 0.5
 
 
 def figures() -> dict[str, _result.Figure]:
-    """``aircraft/rgdm/mmd_cd`` and so on, as means with the interval of the draws."""
-    told = {}
-    for category in TARGETS:
-        for method, columns in draws_of(category).items():
-            for name, values in columns.items():
-                low, high = np.percentile(values, [2.5, 97.5])
-                told[f"{category}/{method}/{name.removeprefix('all/')}"] = _result.Figure(
-                    float(values.mean()), low, high
-                )
-    return told
+    """``aircraft/rgdm/mmd_cd`` and so on, with intervals."""
+    return {
+        f"{category}/{method}/{name.removeprefix('all/')}": told.figure
+        for category in TARGETS
+        for method, columns in measured(category).items()
+        for name, told in columns.items()
+    }
 
 
 if __name__ == "__main__":

@@ -146,15 +146,30 @@ def test_a_cloud_drawn_again_is_not_unique():
     assert table_every.looked_at(again, distance)["unique"] == 0
 
 
-def test_table_1_calls_a_tie_a_tie():
+def test_table_1_knows_how_much_a_mean_of_draws_scatters():
+    """Draws of 50 of the same 200 clouds, against the same measured on many other 200 clouds."""
     rng = np.random.default_rng(0)
-    near, far = rng.normal(1.0, 0.1, 20), rng.normal(2.0, 0.1, 60)
-    assert table1.tied(near, near + 0.05)
-    assert not table1.tied(near, far)
-    columns = dict.fromkeys(table1.SHOWN, near)
-    found = {"rgdm": columns, "tpm": {**columns, "all/mmd_cd": near + 0.02}, "ppo": {**columns, "all/mmd_cd": far}}
+    rows = []
+    for _ in range(400):
+        clouds = rng.normal(size=200)
+        draws = [float(clouds[rng.permutation(200)[:50]].mean()) for _ in range(20)]
+        rows.append({"num": 200, "broken": 0, "references": {"all": 50}, "draws": {"all/mmd_cd": draws}})
+    truly = np.var([np.mean(row["draws"]["all/mmd_cd"]) for row in rows])
+    assert np.mean([table1.within(row, "all/mmd_cd") for row in rows]) == pytest.approx(truly, rel=0.15)
+    seeds = table1.over_seeds(rows[:3], "all/mmd_cd")
+    assert seeds.value == pytest.approx(np.mean([row["draws"]["all/mmd_cd"] for row in rows[:3]]))
+    assert table1.within({"num": 200, "draws": {"hit/voxnet": [1.0]}}, "hit/voxnet") > 0
+
+
+def test_table_1_calls_a_tie_a_tie():
+    one = table1.Measured(0.10, 0.01**2)
+    assert table1.tied(one, table1.Measured(0.127, 0.01**2))
+    assert not table1.tied(one, table1.Measured(0.129, 0.01**2))
+    told = dict.fromkeys(table1.SHOWN, one)
+    found = {"rgdm": told, "tpm": {**told, "all/mmd_cd": table1.Measured(0.12, 1e-4)}}
+    found["ppo"] = {**told, "all/mmd_cd": table1.Measured(0.2, 1e-4), "all/one_nn": table1.Measured(0.48, 1e-4)}
     assert table1.best(found, "all/mmd_cd") == ["rgdm", "tpm"]
-    assert table1.best({**found, "ppo": {**columns, "all/cov_cd": far}}, "all/cov_cd") == ["ppo"]
+    assert table1.best(found, "all/one_nn") == ["ppo"]
 
 
 def test_table_1_has_every_method_on_every_category():
