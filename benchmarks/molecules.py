@@ -34,7 +34,8 @@ MOST = {"sample/ms_per_mol_step/b16": 10.7, "metrics/ms_per_mol": 0.8, "heavy/se
 AT_LEAST = {"train/mols_per_s": 16.8, "heavy/validity_strict": 0.85, "heavy/uniqueness": 0.98}
 AT_LEAST |= {"qed/rgdm": 0.55, "qed/ppo": 0.55, "qed/rwmle": 0.55, "synth/best": 0.75}
 BATCH = 500  # chains at a time
-QED_ASKED, TUNED, ALSO = 0.55, ("qed", "synth"), ("validity", "uniqueness", "diversity", "novelty", "kl")
+QED_ASKED, TUNED = 0.55, ("qed", "synth")
+ALSO = ("validity", "uniqueness", "diversity", "novelty", "num_scaffolds", "kl", "frontier_share")  # beside the mean
 
 
 def main() -> None:
@@ -195,14 +196,16 @@ def tuned(quick: bool, data: str | None) -> dict[str, Figure]:
     found: dict[str, list[dict[str, float]]] = {}
     for path in sorted((_result.RESULTS / "table2").glob("*_*-*.json")):
         found.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
-    figures = {}
+    figures: dict[str, Figure] = {}
     for name, runs in found.items():
+        if name.startswith("best_of"):
+            target = "qed" if "qed" in name else "synth"
+            figures |= {
+                f"{name}/{key}": _result.over_seeds([run[key] for run in runs]) for key in (target, "uniqueness")
+            }
         target, _, algorithm = name.partition("_")
         if target in TUNED and algorithm in ("rgdm", "ppo", "rwmle"):
-            numbers = {
-                "": target,
-                **{f"/{key}": key for key in ("validity", "uniqueness", "diversity", "novelty", "kl")},
-            }
+            numbers = {"": target, **{f"/{key}": key for key in ALSO}}
             told = {end: [run[key] for run in runs if key in run] for end, key in numbers.items()}
             figures |= {f"{target}/{algorithm}{end}": _result.over_seeds(v) for end, v in told.items() if v}
     best = [figures[f"synth/{name}"].value for name in ("rgdm", "ppo", "rwmle") if f"synth/{name}" in figures]
