@@ -129,17 +129,12 @@ class EDMMolecules(Molecules):
 
     def _table(self) -> Table:
         """QM9's training split, or the user's own molecules, as far as the model takes them."""
-        from envs.molecules.files import Skipped, read, select
+        from envs.molecules.files import fitting, read
         from envs.molecules.qm9 import qm9
 
         table = qm9("train") if self.source == "qm9" else read(self.source)
         table = table if HYDROGEN in self.elements else table.heavy()
-        symbols = [SYMBOLS[number] for number in self.elements]
-        fitting = select(table, Skipped(), self.source, self.max_atoms, symbols)
-        if not len(fitting):
-            what = f"no molecule of 1 to {self.max_atoms} atoms of {', '.join(symbols)}"
-            raise ValueError(f"{self.source} has {what}; raise max_atoms, or give other data")
-        return fitting
+        return fitting(table, self.source, self.max_atoms, [SYMBOLS[number] for number in self.elements])
 
 
 def _asked(at: Mapping[str, float] | None, conditioning: tuple[str, ...]) -> list[float]:
