@@ -134,7 +134,7 @@ def test_or_as_they_are_in_data_of_one_s_own():
 def test_data_that_the_model_does_not_take_is_refused():
     domain = world(**OWN, max_atoms=2)
     with pytest.raises(
-        ValueError, match="no molecule of 1 to 2 atoms of H, C, N, O, F: 5 with more than 2 atoms .*; raise max_atoms"
+        ValueError, match=r"no molecule of 1 to 2 atoms of H, C, N, O, F: 5 with more than 2 atoms .*; raise max_atoms"
     ):
         domain.context(5, torch.Generator())
 

@@ -150,6 +150,12 @@ def test_a_training_set_of_digests_says_what_the_set_of_smiles_says(rows):
     assert math.isnan(summary(rows).novelty)
 
 
+def test_a_training_set_without_smiles_is_no_reason_to_call_all_new(rows):
+    assert np.array_equal(metrics.training_set(["CCO", "N"] * 60 + [""]), digests(["CCO", "N"]))
+    with pytest.raises(ValueError, match=r"2 of 3 training molecules have a SMILES, and novelty needs 99%; .* delete"):
+        metrics.training_set(["CCO", "N", ""])
+
+
 def test_digests_are_sorted_and_single():
     found = digests(["CCO", "C", "CCO", "N"])
     assert len(found) == 3

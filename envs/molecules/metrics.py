@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BITS = 2048  # of a Morgan fingerprint of radius 2
 MAX_COMPARED = 5000  # molecules: all their pairs are 12.5 million, a second
+KNOWN = 0.99  # of a training set's molecules, by their SMILES
 BLOCK = 500  # rows of the similarity matrix held at once
 Known = Collection[str] | np.ndarray | None  # a training set: its ``graph_smiles``, or their ``digests``
 
@@ -145,6 +146,18 @@ def digests(smiles: Iterable[str]) -> np.ndarray:
     """Sorted 8-byte digests of a training set's ``graph_smiles``: ``known`` for a large set, in 8 bytes a molecule."""
     found = [hashlib.blake2b(one.encode(), digest_size=8).digest() for one in smiles]
     return np.unique(np.frombuffer(b"".join(found), dtype=np.uint64))
+
+
+def training_set(smiles: Sequence[str]) -> np.ndarray:
+    """``known`` for novelty, of a training set's SMILES; refused where too few are known, as all would look new."""
+    found = [graph_smiles(one) for one in smiles]
+    num_read = sum(map(bool, found))
+    if num_read < KNOWN * len(found):
+        raise ValueError(
+            f"{num_read:,} of {len(found):,} training molecules have a SMILES, and novelty needs {KNOWN:.0%}; EDM's .npz "
+            "has none: delete qm9_v1.arrow in $RAYFT_DATA (or ~/.cache/rayft) and make it of qm9pack or dsgdb9nsd"
+        )
+    return digests(filter(None, found))
 
 
 def _whole(sample: Any) -> Mol | None:
