@@ -1,7 +1,8 @@
 """What every benchmark shares: its arguments, intervals, a table, and ``results/NAME.json``.
 
 One flat object: figure name -> number, ``NAME/low`` and ``NAME/high`` where there is an interval, plus ``machine`` and
-``versions``, and in ``parts``, by a name's first word, those of figures that were measured again elsewhere. ``--quick`` shows that a benchmark runs; its figures mean little and stay out of results/.
+``versions``; under ``parts``, by the first word of a name, those of figures that were measured again elsewhere.
+``--quick`` shows that a benchmark runs; its figures mean little and stay out of results/.
 """
 
 from __future__ import annotations

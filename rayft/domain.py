@@ -320,9 +320,11 @@ def find(path: Any) -> type[Domain]:
 
 
 def build(path: Any, kwargs: Mapping[str, Any]) -> Domain:
-    """The domain, with its arguments checked by name first."""
+    """The domain, with its arguments checked by name and kind first."""
     found = find(path)
     what = f"domain {path if isinstance(path, str) else found.__name__}"
+    imports.check_arguments(found, kwargs, what)
+    imports.check_plain(found, kwargs, what)
     domain = imports.construct(found, kwargs, what)
     given = f" with {reprlib.repr(dict(kwargs))}" if kwargs else ""
     imports.construct(domain.schedule, {}, f"the schedule of {what}{given}")

@@ -154,8 +154,8 @@ def training_set(smiles: Sequence[str]) -> np.ndarray:
     num_read = sum(map(bool, found))
     if num_read < KNOWN * len(found):
         raise ValueError(
-            f"{num_read:,} of {len(found):,} training molecules have a SMILES, and novelty needs {KNOWN:.0%}; EDM's .npz "
-            "has none: delete qm9_v1.arrow in $RAYFT_DATA (or ~/.cache/rayft) and make it of qm9pack or dsgdb9nsd"
+            f"{num_read:,} of {len(found):,} training molecules have a SMILES, and novelty needs {KNOWN:.0%}; "
+            "EDM's .npz has none: delete qm9_v1.arrow in $RAYFT_DATA (or ~/.cache/rayft), and make it of qm9pack"
         )
     return digests(filter(None, found))
 
