@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from envs.molecules.egnn import EGNN
-from rayft.schedule import Schedule, polynomial
+from rayft.schedule import Schedule, cosine, from_alpha_bar, polynomial
 
 ARGUMENTS = "args.pickle"
 LARGEST_PICKLE = 1 << 20
@@ -110,7 +110,9 @@ def write(folder: str | Path, model: EDMModel) -> None:
 
 
 def schedule_of(arguments: Mapping[str, Any]) -> Schedule:
-    """The schedule of checked settings."""
+    """The schedule of checked settings. EDM's cosine leaves out the first of T + 2 points, which has no noise."""
+    if arguments["diffusion_noise_schedule"] == "cosine":
+        return from_alpha_bar(cosine(arguments["diffusion_steps"] + 1).alpha_bar[1:])
     power = float(arguments["diffusion_noise_schedule"].removeprefix("polynomial_"))
     return polynomial(arguments["diffusion_steps"], power, arguments["diffusion_noise_precision"])
 
@@ -195,8 +197,8 @@ def _are_names(given: Any) -> bool:
     return isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
 
 
-def _is_polynomial(given: Any) -> bool:
-    return isinstance(given, str) and re.fullmatch(r"polynomial_[1-9]([0-9]|\.[0-9]+)?", given) is not None
+def _is_schedule(given: Any) -> bool:
+    return isinstance(given, str) and re.fullmatch(r"cosine|polynomial_[1-9]([0-9]|\.[0-9]+)?", given) is not None
 
 
 TRUE_OR_FALSE = _one_of(True, False)
@@ -206,8 +208,8 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dataset": _one_of("qm9", "qm9_second_half"),
     "condition_time": _one_of(True),
     "diffusion_noise_schedule": (
-        "a polynomial schedule such as 'polynomial_2', no cosine and no learned one",
-        _is_polynomial,
+        "'cosine' or a polynomial schedule such as 'polynomial_2', no learned one",
+        _is_schedule,
     ),
     "diffusion_steps": _whole(1),
     "diffusion_noise_precision": _number(1e-9, 0.1),
