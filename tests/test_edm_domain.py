@@ -19,6 +19,7 @@ from envs.molecules import edm, files
 from envs.molecules.edm_domain import NUM_OF_FULL_SIZE, EDMMolecules
 from rayft import imports
 from rayft.chain import Policy, reverse_process, sample
+from rayft.cli import main
 from rayft.denoise import denoising_loss
 from rayft.domain import build, decoded, try_out
 
@@ -211,6 +212,38 @@ def test_it_can_be_trained_on_its_data(name):
     assert any(p.grad is not None and bool((p.grad != 0).any()) for p in net.parameters())
 
 
+# a fresh network
+
+
+def test_a_fresh_network_is_edm_s_published_one_if_nothing_else_is_told():
+    before = torch.get_rng_state()
+    whole, heavy = (build("molecules_edm", {"model": None, "hydrogens": told}) for told in (None, False))
+    assert torch.equal(before, torch.get_rng_state())
+    assert isinstance(whole, EDMMolecules) and whole.schedule().num_steps == 100
+    assert whole.event_shape == (29, 9) and whole.decoder.endswith(":full") and heavy.event_shape == (9, 8)
+    assert torch.equal(whole.trained.alpha_bar, world().trained.alpha_bar)
+    net = edm.claimed(whole.arguments)
+    assert sum(p.numel() for p in net.parameters()) == 5_339_920 and len(net.layers) == 9
+    edm.check(whole.arguments, "the published settings")
+
+
+@pytest.mark.parametrize("hydrogens", [True, False])
+def test_and_can_be_pretrained_sampled_and_exported(tmp_path, hydrogens, capsys):
+    small = {"width": 8, "num_layers": 1, "hydrogens": hydrogens, **OWN}
+    told = [f"domain.{name}={str(value).lower() if name == 'hydrogens' else value}" for name, value in small.items()]
+    short = ["pretrain.steps=2", "pretrain.batch_size=4", f"output={tmp_path}", "--quiet"]
+    assert main(["pretrain", "molecules_full_pretrain", *told, *short]) == 0
+    weights = tmp_path / "molecules_full_pretrain" / "weights.safetensors"
+    domain = build("molecules_edm", {"model": None, "weights": str(weights), **small})
+    edm.write(tmp_path / "edm", domain.model_of(domain.denoiser()))
+    again = world(model=str(tmp_path / "edm")).denoiser().state_dict()
+    assert all(torch.equal(again[name], value) for name, value in domain.denoiser().state_dict().items())
+    out = ["--num", "3", "--num-steps", "5", "--out", str(tmp_path / "found.npz")]
+    assert main(["sample", "molecules_edm", "domain.model=null", f"domain.weights={weights}", *told, *out]) == 0
+    with np.load(tmp_path / "found.npz") as found:
+        assert found["x_0"].shape == (3, *domain.event_shape)
+
+
 # what a conditional model is told
 
 
@@ -265,6 +298,12 @@ def test_what_it_is_told_is_checked_by_name(name, at, sentence):
         ({"model": "nowhere"}, r"no nowhere/args\.pickle; an EDM checkpoint is a folder"),
         ({"model": str(GOLDEN / "forward.npz")}, r"forward\.npz is damaged or no \.safetensors"),
         ({"model": str(GOLDEN), "max_atoms": 0}, "max_atoms is 0"),
+        (
+            {"model": str(GOLDEN), "hydrogens": True},
+            r"hydrogens is True, and .* has its own; leave it out",
+        ),
+        ({"model": None, "num_layers": 0}, "num_layers is 0; give 1 to 10000"),
+        ({"model": None, "width": "wide"}, "width is 'wide'; it should be a whole number or null"),
     ],
 )
 def test_what_is_no_model_is_refused_in_a_sentence(told, sentence):

@@ -30,6 +30,30 @@ LARGEST_PICKLE = 1 << 20
 PLAIN = (type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)
 ELEMENTS, HYDROGEN = (6, 7, 8, 9), 1
 OLDER = {"normalization_factor": 1, "aggregation_method": "sum", "ema_decay": 0.9999}  # where a file does not say
+PUBLISHED = {  # of the unconditional models of QM9
+    "dataset": "qm9",
+    "remove_h": False,
+    "include_charges": True,
+    "conditioning": [],
+    "context_node_nf": 0,
+    "condition_time": True,
+    "model": "egnn_dynamics",
+    "nf": 256,
+    "n_layers": 9,
+    "attention": True,
+    "tanh": True,
+    "norm_constant": 1,
+    "inv_sublayers": 1,
+    "sin_embedding": False,
+    "normalization_factor": 1,
+    "aggregation_method": "sum",
+    "probabilistic_model": "diffusion",
+    "diffusion_steps": 1000,
+    "diffusion_noise_schedule": "polynomial_2",
+    "diffusion_noise_precision": 1e-5,
+    "diffusion_loss_type": "l2",
+    "normalize_factors": [1, 4, 10],
+}
 NAMES = (  # ours -> EDM's, each applied in turn
     (r"^embed\.", "embedding."),
     (r"^read\.", "embedding_out."),
