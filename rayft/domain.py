@@ -99,6 +99,10 @@ class Domain(ABC):
         """Like ``data``, of events that are never trained on: pretraining tells the loss on them."""
         return None
 
+    def measure(self, samples: list[Any], x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+        """``metrics`` of the samples that these events were decoded to; to be overridden where events say more."""
+        return {} if self.metrics is None else imports.load(self.metrics)(samples)
+
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         """A plotly figure of events side by side (before, after, optimum), for the report; ``None`` to leave it out."""
         return None

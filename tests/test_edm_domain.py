@@ -15,13 +15,14 @@ from rdkit import Chem
 from safetensors.torch import save_file
 from small_molecules import PUBLISHED
 
-from envs.molecules import edm, files
+from envs.molecules import decode, edm, files, metrics
 from envs.molecules.edm_domain import NUM_OF_FULL_SIZE, EDMMolecules
 from rayft import imports
 from rayft.chain import Policy, reverse_process, sample
 from rayft.cli import main
 from rayft.denoise import denoising_loss
 from rayft.domain import build, decoded, try_out
+from rayft.verdict import Samples, measured
 
 GOLDEN = Path(__file__).parent / "golden" / "edm"
 CONDITIONAL = GOLDEN / "conditional"
@@ -183,6 +184,25 @@ def test_a_chain_ends_in_events_that_decode_or_do_not_and_never_fail(name):
     assert imports.load(domain.metrics)(found).keys()
     again = drawn.__wrapped__(name)[1]
     assert torch.equal(again, x_0), "the same seed"
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_stability_is_told_of_all_samples_where_there_are_hydrogens(name):
+    domain = world(name, **OWN)
+    events, context = domain.data(40, torch.Generator().manual_seed(0))
+    x_0, told = events.numpy().copy(), {key: value.numpy() for key, value in context.items()}
+    x_0[:10, 0, 0] += 50  # an atom far away: what was stable is two fragments, and not decoded
+    samples = decoded(domain, x_0, told)
+    assert all(one is None for one, size in zip(samples[:10], told["mask"][:10].sum(1), strict=True) if size > 1)
+    found = domain.measure(samples, x_0, told)
+    if name == "heavy":
+        assert not any("stability" in key for key in found)
+        return
+    whole = metrics.summarise(samples, decode.atoms(x_0, told))
+    assert found["atom_stability"] == pytest.approx(whole.atom_stability)
+    assert found["molecule_stability"] == pytest.approx(whole.molecule_stability)
+    assert 0 < found["molecule_stability"] < found["atom_stability"] < 1
+    assert measured(domain, Samples(*[np.zeros(40)] * 2, None, np.zeros(40), x_0, told)).metrics == found
 
 
 @pytest.mark.parametrize("name", WORLDS)

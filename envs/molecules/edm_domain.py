@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.molecules import edm, edm_files
+from envs.molecules import bonds, decode, edm, edm_files
 from envs.molecules.data import Molecules as Table
 from envs.molecules.domain import NUM_OF_SIZE, Molecules, denser_near_data
 from envs.molecules.edm import HYDROGEN, EDMModel
@@ -97,6 +97,15 @@ class EDMMolecules(Molecules):
 
     def held_out(self, num_events: int, generator: torch.Generator) -> None:
         """Nothing: all of ``data`` is trained on."""
+
+    def measure(self, samples: list[Any], x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """With EDM's stability of all samples, decodable or not; of heavy atoms alone nothing is said."""
+        told = dict(super().measure(samples, x_0, context))
+        if HYDROGEN in self.elements and len(x_0):
+            atoms = decode.atoms(x_0, context)
+            stable, num_stable = bonds.stability(atoms.positions, atoms.numbers, atoms.mask)
+            told |= {"atom_stability": num_stable.sum() / atoms.mask.sum(), "molecule_stability": stable.mean()}
+        return {name: float(value) for name, value in told.items()}
 
     def _told(self, mask: Tensor, values: Tensor) -> dict[str, Tensor]:
         """What stays fixed along chains of these masks."""

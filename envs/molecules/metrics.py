@@ -2,10 +2,10 @@
 
 validity = valid / all,   uniqueness = |{SMILES}| / valid,   novelty = |{SMILES} - training| / |{SMILES}|
 
-``describe`` looks at each molecule by itself and can be mapped over chunks anywhere; ``summary`` adds rows up. Valid is
-what ``decode`` gives: sane, and one fragment. EDM (Hoogeboom et al. 2022) counts a sample whose largest fragment is
-sane; its numbers stand beside, as ``edm_``. Two molecules are the same when their graphs are: stereo and the way
-hydrogens are written do not count. QED and SA are those of the rewards.
+``describe`` looks at each molecule by itself, ``summary`` adds up what it found. Valid is what ``decode`` gives: sane,
+and one fragment. EDM (Hoogeboom et al. 2022) counts a sample whose largest fragment is sane; its numbers stand beside,
+as ``edm_``. Two molecules are the same when their graphs are: stereo and the way hydrogens are written do not count.
+QED and SA are those of the rewards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,18 +228,6 @@ def _morgan() -> Any:
 
 
 # -- the set
-
-
-def join(parts: Sequence[Rows]) -> Rows:
-    """The rows of several chunks, in their order."""
-    if not parts:
-        return describe([])
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Rows(*(_joined(column) for column in columns))
-
-
-def _joined(column: Any) -> Any:
-    return tuple(chain(*column)) if isinstance(column[0], tuple) else np.concatenate(column)
 
 
 def summary(rows: Rows, known: Known = None) -> Summary:
