@@ -147,7 +147,7 @@ def digests(smiles: Iterable[str]) -> np.ndarray:
     return np.unique(np.frombuffer(b"".join(found), dtype=np.uint64))
 
 
-def training_set(smiles: Sequence[str]) -> np.ndarray:
+def training_set(smiles: Iterable[str]) -> np.ndarray:
     """``known`` for novelty, of a training set's SMILES; refused where too few are known, as all would look new."""
     found = [graph_smiles(one) for one in smiles]
     num_read = sum(map(bool, found))
