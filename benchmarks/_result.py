@@ -1,7 +1,8 @@
 """What every benchmark shares: its arguments, intervals, a table, and ``results/NAME.json``.
 
 One flat object: figure name -> number, ``NAME/low`` and ``NAME/high`` where there is an interval, plus ``machine`` and
-``versions``. ``--quick`` shows that a benchmark runs; its figures mean little and stay out of results/.
+``versions``; under ``parts``, by the first word of a name, those of figures that were measured again elsewhere.
+``--quick`` shows that a benchmark runs; its figures mean little and stay out of results/.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,13 +54,17 @@ class Result:
         if folder is None:
             return
         path = folder / f"{self.name}.json"
-        flat: dict[str, object] = json.loads(path.read_text()) if path.is_file() and self.partial else {}
+        flat: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and self.partial else {}
         for name, figure in self.figures.items():
             flat[name] = figure.value
             if figure.low is not None:
                 flat |= {f"{name}/low": figure.low, f"{name}/high": figure.high}
+        here: dict[str, Any] = {"machine": machine(), "versions": versions()}
+        most = {key: flat.get(key, now) for key, now in here.items()}
+        parts = flat.pop("parts", {}) | {name.partition("/")[0]: here for name in self.figures}
+        others = {name: one for name, one in parts.items() if one != most}
+        told = {**flat, **most, **({"parts": others} if others else {})}
         folder.mkdir(parents=True, exist_ok=True)
-        told = {**flat, "machine": machine(), "versions": versions()}
         write_text(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
         print(f"wrote {path}")
 

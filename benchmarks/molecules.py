@@ -134,14 +134,16 @@ def measuring(quick: bool, data: str | None) -> dict[str, Figure]:
 # -- how good molecules are
 
 
-def drawn(domain: Molecules, num: int, sigma: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
-    """(x_0, mask, seconds) of the domain's own model."""
+def drawn(domain: Molecules, num: int, sigma: str, seed: int = 0, of: int = 1) -> tuple[np.ndarray, np.ndarray, float]:
+    """(x_0, mask, seconds) of the domain's own model, ``of`` chains in a row with each context."""
     generator, parts = torch.Generator().manual_seed(seed), []
     net = domain.denoiser().eval()
     policy = Policy(net, reverse_process(domain.schedule(), sigma), domain.space, net.prediction, torch.bfloat16)
     start = time.perf_counter()
-    for first in range(0, num, BATCH):
-        context = domain.context(min(BATCH, num - first), generator)
+    size = BATCH // of * of
+    for first in range(0, num, size):
+        contexts = domain.context(min(size, num - first) // of, generator)
+        context = {name: part.repeat_interleave(of, 0) for name, part in contexts.items()}
         shape = torch.empty(len(context["mask"]), *domain.event_shape)
         chains = sample(policy, policy.noise(shape, context, generator), context, generator)
         parts.append((chains.x_0.numpy(), context["mask"].numpy()))
@@ -151,7 +153,7 @@ def drawn(domain: Molecules, num: int, sigma: str, seed: int = 0) -> tuple[np.nd
 
 def shipped(quick: bool, data: str | None) -> dict[str, Figure]:
     """The heavy-atom model as it is fine-tuned (noise beta), and with the posterior's noise."""
-    known, found = metrics.digests(map(metrics.graph_smiles, qm9("train", data).smiles)), {}
+    known, found = metrics.training_set(qm9("train", data).smiles), {}
     for sigma, name in (("beta", ""), ("gamma", "gamma/")):
         x_0, mask, seconds = drawn(Molecules(), 200 if quick else 10_000, sigma)
         told = metrics.summarise(decode.heavy(x_0, {"mask": mask}), known=known)

@@ -108,11 +108,11 @@ def work(row: Row, num: int) -> dict[str, Any]:
     domain = Molecules() if weights is None else Molecules(weights=str(weights))
     if row.at is not None:
         domain = ConditionalMolecules(at=row.at, weights=str(conditional()))
-    x_0, mask, _ = drawn(domain, num * row.of if row.of == 1 else CALLS, "beta", seed=1000 + row.seed)
+    x_0, mask, _ = drawn(domain, num if row.of == 1 else CALLS, "beta", seed=1000 + row.seed, of=row.of)
     samples = decode.heavy(x_0, {"mask": mask})
     if row.of > 1:
         samples = best(samples, row.of, row.reward)
-    known = metrics.digests(map(metrics.graph_smiles, qm9("train").smiles))
+    known = metrics.training_set(qm9("train").smiles)
     summary = metrics.summarise(samples, known=known)
     measured = {name: float(getattr(summary, name)) for name in COLUMNS} | {"num_samples": len(samples)}
     return {**measured, **told, "seconds": time.perf_counter() - start, "versions": store.versions()}
@@ -130,7 +130,7 @@ def conditional() -> Path:
 
 
 def best(samples: list[Any], of: int, reward: str) -> list[Any]:
-    """Of each ``of`` samples the one that scores most: no training, every sample paid for."""
+    """Of each ``of`` samples, which are of one size, the one that scores most: no training, every sample paid for."""
     score = {"qed": QED, "synth": Synth}[reward]()
     values = np.array([np.nan if v is None else v for v in score([s if s is not None else "" for s in samples])])
     groups = np.nan_to_num(values, nan=0.0)[: len(samples) // of * of].reshape(-1, of)

@@ -127,6 +127,9 @@ class Conditioned(Domain):
     def held_out(self, num_events: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]] | None:
         return self._beside(self.inner.held_out(num_events, generator), generator)
 
+    def measure(self, samples: list[Any], x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+        return self.inner.measure(samples, x_0, context)
+
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         return self.inner.picture(panels)
 

@@ -99,6 +99,10 @@ class Domain(ABC):
         """Like ``data``, of events that are never trained on: pretraining tells the loss on them."""
         return None
 
+    def measure(self, samples: list[Any], x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+        """``metrics`` of the samples that these events were decoded to; to be overridden where events say more."""
+        return {} if self.metrics is None else imports.load(self.metrics)(samples)
+
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         """A plotly figure of events side by side (before, after, optimum), for the report; ``None`` to leave it out."""
         return None
@@ -320,9 +324,11 @@ def find(path: Any) -> type[Domain]:
 
 
 def build(path: Any, kwargs: Mapping[str, Any]) -> Domain:
-    """The domain, with its arguments checked by name first."""
+    """The domain, with its arguments checked by name and kind first."""
     found = find(path)
     what = f"domain {path if isinstance(path, str) else found.__name__}"
+    imports.check_arguments(found, kwargs, what)
+    imports.check_plain(found, kwargs, what)
     domain = imports.construct(found, kwargs, what)
     given = f" with {reprlib.repr(dict(kwargs))}" if kwargs else ""
     imports.construct(domain.schedule, {}, f"the schedule of {what}{given}")

@@ -7,13 +7,16 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import reprlib
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import cloudpickle
 
@@ -117,6 +120,36 @@ def check_arguments(target: Any, kwargs: Mapping[str, Any], what: str) -> None:
     missing = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in kwargs]
     if missing:
         raise ValueError(f"{what} needs {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} in the YAML")
+
+
+PLAIN: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "true or false"),
+    str: ((str, PathLike), "text"),
+    NoneType: (NoneType, "null"),
+}
+
+
+def check_plain(target: Any, kwargs: Mapping[str, Any], what: str) -> None:
+    """Refuses values of another kind than ``target`` says, where it asks for numbers, text, true or false, or null."""
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # a hint may name what only a type checker imports
+        return
+    for key, value in kwargs.items():
+        kinds = _kinds(hints.get(key, Any))
+        if all(kind in PLAIN for kind in kinds) and not any(_is(kind, value) for kind in kinds):
+            asked = " or ".join(PLAIN[kind][1] for kind in kinds)
+            raise ValueError(f"{what}: {key} is {reprlib.repr(value)}; it should be {asked}")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is(kind: Any, value: Any) -> bool:
+    return isinstance(value, PLAIN[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 def construct(target: Any, kwargs: Mapping[str, Any], what: str) -> Any:

@@ -12,12 +12,13 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
@@ -35,8 +36,6 @@ from rayft.training import Training
 
 MEASURED = 4096  # events of the stored weights' own loss
 CHAINS = 256  # sampled at a time: every x_t of a chain is held meanwhile
-
-Metrics = Callable[[list[Any]], Mapping[str, float]]
 
 
 class PretrainSpec(BaseModel):
@@ -77,7 +76,8 @@ def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str 
     spec = read(file, overrides)
     settings = spec.settings()
     domain = domains.build(*split(spec.domain, "domain"))
-    metrics = None if settings.evaluate is None else metrics_of(domain)
+    if settings.evaluate is not None:
+        check_metrics(domain)
     domains.try_out(domain)
     training = Training(domain, settings, spec.seed, Path(spec.output) / spec.name, spec.domain)
     if not training.run(resume, quiet):
@@ -85,8 +85,8 @@ def main(file: str, overrides: Sequence[str], resume: bool, quiet: bool) -> str 
         print(f"saved at step {training.step} of {settings.steps}; continue with: {command}", file=sys.stderr)
         return None
     out, card = finish(training, spec)
-    if settings.evaluate is not None and metrics is not None:
-        card["metrics"] = evaluated(training, settings.evaluate.num, metrics, quiet)
+    if settings.evaluate is not None:
+        card["metrics"] = evaluated(training, settings.evaluate.num, quiet)
         write_card(training.folder, card)
     return f"weights in {out}, last mean loss {training.loss:.4f}"
 
@@ -136,30 +136,31 @@ def own_loss(training: Training) -> float:
     return sum(losses) / len(losses)
 
 
-def metrics_of(domain: domains.Domain) -> Metrics:
-    """The domain's measure of its decoded samples."""
+def check_metrics(domain: domains.Domain) -> None:
+    """Whether there is a measure of the domain's samples, before hours of training."""
     if domain.metrics is None:
         what = f"pretrain.evaluate needs metrics and {type(domain).__name__} has none"
         raise ValueError(f"{what}: set Domain.metrics, or leave pretrain.evaluate out")
-    return imports.load(domain.metrics)
+    imports.load(domain.metrics)
 
 
-def evaluated(training: Training, num: int, metrics: Metrics, quiet: bool) -> dict[str, float]:
+def evaluated(training: Training, num: int, quiet: bool) -> dict[str, float]:
     """The domain's metrics of ``num`` samples of the averaged weights' reverse chain."""
     domain, net, device = training.domain, training.learner.average, training.learner.device
     assert net is not None
     policy = Policy(net, reverse_process(domain.schedule()), domain.space, net.prediction)
-    bench, samples = Bench(domain, policy, policy, device, torch.float32), []
+    bench, samples, events, contexts = Bench(domain, policy, policy, device, torch.float32), [], [], []
     with Ticker("sample", num, 0, quiet) as ticker:
         for start in range(0, num, CHAINS):
             generator = torch_generator(training.seed, start, "evaluate")
             x_T, context = bench.start(min(CHAINS, num - start), generator)  # noqa: N806
-            x_0 = sample(policy, x_T, context, generator).x_0
-            told = {k: v.cpu().numpy() for k, v in context.items()}
-            samples += domains.decoded(domain, x_0.cpu().numpy(), told)
+            events.append(sample(policy, x_T, context, generator).x_0.cpu().numpy())
+            contexts.append({k: v.cpu().numpy() for k, v in context.items()})
+            samples += domains.decoded(domain, events[-1], contexts[-1])
             ticker.tick(len(samples), {})
     try:
-        return {k: float(v) for k, v in metrics(samples).items()}
+        whole = {k: np.concatenate([one[k] for one in contexts]) for k in contexts[0]}
+        return {k: float(v) for k, v in domain.measure(samples, np.concatenate(events), whole).items()}
     except Exception as error:
         what = f"{domain.metrics} failed on {num} samples: {imports.reason(error)}"
         raise ValueError(f"{what}; the weights are in {training.folder}") from error

@@ -142,7 +142,9 @@ def measured(domain: Domain, samples: Samples) -> Samples:
     if domain.metrics is None:
         return samples
     try:
-        found = imports.load(domain.metrics)(samples.decoded(domain, samples.scored()))
+        rows = samples.scored()
+        context = {k: v[rows] for k, v in samples.context.items()}
+        found = domain.measure(samples.decoded(domain, rows), samples.x_0[rows], context)
         return replace(samples, metrics={str(name): float(value) for name, value in found.items()})
     except Exception as error:
         return replace(samples, unmeasured=f"the domain's metrics are left out: {imports.reason(error)}")

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import _every, table1, table_every
+from benchmarks import _every, _result, molecules, table1, table_every
+from envs.molecules.domain import Molecules
 from envs.shapes.domain import Shapes
 from rayft.spec import known_algorithms
 from rayft.verdict import Samples
@@ -31,6 +32,28 @@ def figures(name: str, out: Path, *more: str) -> dict[str, float]:
     for figure in (key.removesuffix("/low") for key in told if key.endswith("/low")):
         assert told[f"{figure}/low"] <= told[figure] <= told[f"{figure}/high"]
     return told
+
+
+def test_a_part_measured_elsewhere_leaves_the_machine_of_the_others(tmp_path: Path, monkeypatch):
+    def written(partial: bool, threads: int, *names: str) -> dict:
+        monkeypatch.setattr(_result, "machine", lambda: {"torch_threads": threads})
+        _result.Result("some", {name: _result.Figure(1.0) for name in names}, partial).write(tmp_path)
+        return json.loads((tmp_path / "some.json").read_text())
+
+    assert "parts" not in written(False, 1, "a/x", "b/x")
+    told = written(True, 2, "a/x")
+    assert told["machine"] == {"torch_threads": 1} and told["parts"].keys() == {"a"}
+    assert told["parts"]["a"]["machine"] == {"torch_threads": 2}
+    assert written(True, 3, "b/x")["parts"].keys() == {"a", "b"}
+    assert written(True, 1, "a/x")["parts"].keys() == {"b"}
+    assert "parts" not in written(False, 2, "a/x", "b/x")
+
+
+def test_the_best_of_n_is_chosen_among_samples_of_one_size(monkeypatch):
+    monkeypatch.setattr(molecules, "BATCH", 30)
+    _, mask, _ = molecules.drawn(Molecules(num_steps=1, weights=None), 80, "beta", of=4)
+    sizes = mask.sum(1).reshape(20, 4)
+    assert (sizes == sizes[:, :1]).all() and len(set(sizes[:, 0])) > 1
 
 
 def test_a_bank_larger_than_memory_may_be_is_read_in_little(tmp_path: Path):

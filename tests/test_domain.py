@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,6 +223,41 @@ def test_what_is_no_domain_is_refused_in_a_sentence(path, sentence):
 def test_wrong_arguments_of_a_domain_are_refused_before_it_is_built(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         build("plain", arguments)
+
+
+class Typed(Plain):
+    """Every kind of hint that is checked, and some that are not."""
+
+    def __init__(self, num: int = 1, rate: float | None = 0.5, path: str = "", on: bool = True, rest: Any = None):
+        super().__init__(lambda: Clock(), [1], [0.1])
+        self.told = num, rate, path, on, rest
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"num": "abc"}, "num is 'abc'; it should be a whole number"),
+        ({"num": 2.5}, r"num is 2\.5; it should be a whole number"),
+        ({"num": True}, "num is True; it should be a whole number"),
+        ({"rate": "high"}, "rate is 'high'; it should be a number or null"),
+        ({"rate": False}, "rate is False; it should be a number or null"),
+        ({"path": 3}, "path is 3; it should be text"),
+        ({"path": None}, "path is None; it should be text"),
+        ({"on": 1}, "on is 1; it should be true or false"),
+    ],
+)
+def test_a_value_of_another_kind_than_a_domain_asks_for_is_refused(told, sentence):
+    with pytest.raises(ValueError, match=f"^domain Typed: {sentence}$"):
+        build(Typed, told)
+
+
+def test_and_what_fits_or_is_not_said_is_taken():
+    told = {"num": np.int64(3), "rate": 1, "path": Path("x"), "on": False, "rest": [object]}
+    found = build(Typed, told)
+    assert isinstance(found, Typed) and found.told == tuple(told.values())
+    for told in ({"width": "abc"}, {"data": 5}, {"weights": 3}, {"num_steps": "ten"}):
+        with pytest.raises(ValueError, match=f"^domain molecules: {next(iter(told))} is "):
+            build("molecules", told)
 
 
 class Still(Domain):

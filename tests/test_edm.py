@@ -78,6 +78,23 @@ def test_one_of_heavy_atoms_told_properties_too():
     assert (model.denoiser.num_features, model.denoiser.num_properties, model.denoiser.num_steps) == (4, 2, 100)
 
 
+def test_a_cosine_schedule_is_edm_s_formula_and_goes_back_as_it_came(folder):
+    num_steps = 1000
+    u = (np.arange(num_steps + 2) / (num_steps + 1) + 0.008) / 1.008
+    squared = np.cos(u * np.pi / 2) ** 2
+    closed = squared[1:] / squared[0]  # alpha_bar_0 is below 1
+    closed[-1] = 1e-3 * closed[-2]  # a beta of 1 is capped
+    gamma = torch.from_numpy(np.log1p(-closed) - np.log(closed)).float()
+    arguments(folder, diffusion_noise_schedule="cosine")
+    refused(folder, "gamma.gamma", "is not that of cosine at T = 1000")
+    weights(folder, **{"gamma.gamma": gamma})
+    model = edm.read(folder)
+    np.testing.assert_allclose(model.schedule.alpha_bar.numpy(), closed, rtol=1e-9)
+    edm.write(folder / "back", model)
+    again = torch.load(folder / "back" / WEIGHTS, weights_only=True)["gamma.gamma"]
+    torch.testing.assert_close(again, gamma, rtol=1e-6, atol=1e-6)
+
+
 def test_the_schedule_is_the_table_in_the_checkpoint():
     gamma = torch.from_numpy(np.load(GOLDEN / "forward.npz")["gamma"])
     model = edm.read(GOLDEN)
@@ -218,8 +235,8 @@ def test_a_pickle_of_something_else_is_said_to_be_that(folder, held):
 @pytest.mark.parametrize(
     ("setting", "value", "allowed"),
     [
-        ("diffusion_noise_schedule", "cosine", "no cosine and no learned one"),
-        ("diffusion_noise_schedule", "learned", "no cosine and no learned one"),
+        ("diffusion_noise_schedule", "cosine_2", "or a polynomial schedule such as 'polynomial_2', no learned one"),
+        ("diffusion_noise_schedule", "learned", "'cosine' or a polynomial schedule"),
         ("model", "gnn_dynamics", "'egnn_dynamics'"),
         ("probabilistic_model", "flow", "'diffusion'"),
         ("dataset", "geom", "'qm9' or 'qm9_second_half'"),

@@ -15,12 +15,14 @@ from rdkit import Chem
 from safetensors.torch import save_file
 from small_molecules import PUBLISHED
 
-from envs.molecules import edm, files
+from envs.molecules import decode, edm, files, metrics
 from envs.molecules.edm_domain import NUM_OF_FULL_SIZE, EDMMolecules
 from rayft import imports
 from rayft.chain import Policy, reverse_process, sample
+from rayft.cli import main
 from rayft.denoise import denoising_loss
 from rayft.domain import build, decoded, try_out
+from rayft.verdict import Samples, measured
 
 GOLDEN = Path(__file__).parent / "golden" / "edm"
 CONDITIONAL = GOLDEN / "conditional"
@@ -133,7 +135,9 @@ def test_or_as_they_are_in_data_of_one_s_own():
 
 def test_data_that_the_model_does_not_take_is_refused():
     domain = world(**OWN, max_atoms=2)
-    with pytest.raises(ValueError, match="no molecule of 1 to 2 atoms of H, C, N, O, F; raise max_atoms"):
+    with pytest.raises(
+        ValueError, match=r"no molecule of 1 to 2 atoms of H, C, N, O, F: 5 with more than 2 atoms .*; raise max_atoms"
+    ):
         domain.context(5, torch.Generator())
 
 
@@ -183,6 +187,25 @@ def test_a_chain_ends_in_events_that_decode_or_do_not_and_never_fail(name):
 
 
 @pytest.mark.parametrize("name", WORLDS)
+def test_stability_is_told_of_all_samples_where_there_are_hydrogens(name):
+    domain = world(name, **OWN)
+    events, context = domain.data(40, torch.Generator().manual_seed(0))
+    x_0, told = events.numpy().copy(), {key: value.numpy() for key, value in context.items()}
+    x_0[:10, 0, 0] += 50  # an atom far away: what was stable is two fragments, and not decoded
+    samples = decoded(domain, x_0, told)
+    assert all(one is None for one, size in zip(samples[:10], told["mask"][:10].sum(1), strict=True) if size > 1)
+    found = domain.measure(samples, x_0, told)
+    if name == "heavy":
+        assert not any("stability" in key for key in found)
+        return
+    whole = metrics.summarise(samples, decode.atoms(x_0, told))
+    assert found["atom_stability"] == pytest.approx(whole.atom_stability)
+    assert found["molecule_stability"] == pytest.approx(whole.molecule_stability)
+    assert 0 < found["molecule_stability"] < found["atom_stability"] < 1
+    assert measured(domain, Samples(*[np.zeros(40)] * 2, None, np.zeros(40), x_0, told)).metrics == found
+
+
+@pytest.mark.parametrize("name", WORLDS)
 def test_padding_changes_nothing_and_a_permutation_of_atoms_permutes_the_answer(name):
     domain, _, context = drawn(name)
     net, n = domain.denoiser(), domain.event_shape[0]
@@ -207,6 +230,38 @@ def test_it_can_be_trained_on_its_data(name):
     denoising_loss(domain, domain.schedule(), net, 8, torch.Generator().manual_seed(0)).backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters())
     assert any(p.grad is not None and bool((p.grad != 0).any()) for p in net.parameters())
+
+
+# a fresh network
+
+
+def test_a_fresh_network_is_edm_s_published_one_if_nothing_else_is_told():
+    before = torch.get_rng_state()
+    whole, heavy = (build("molecules_edm", {"model": None, "hydrogens": told}) for told in (None, False))
+    assert torch.equal(before, torch.get_rng_state())
+    assert isinstance(whole, EDMMolecules) and whole.schedule().num_steps == 100
+    assert whole.event_shape == (29, 9) and whole.decoder.endswith(":full") and heavy.event_shape == (9, 8)
+    assert torch.equal(whole.trained.alpha_bar, world().trained.alpha_bar)
+    net = edm.claimed(whole.arguments)
+    assert sum(p.numel() for p in net.parameters()) == 5_339_920 and len(net.layers) == 9
+    edm.check(whole.arguments, "the published settings")
+
+
+@pytest.mark.parametrize("hydrogens", [True, False])
+def test_and_can_be_pretrained_sampled_and_exported(tmp_path, hydrogens, capsys):
+    small = {"width": 8, "num_layers": 1, "hydrogens": hydrogens, **OWN}
+    told = [f"domain.{name}={str(value).lower() if name == 'hydrogens' else value}" for name, value in small.items()]
+    short = ["pretrain.steps=2", "pretrain.batch_size=4", f"output={tmp_path}", "--quiet"]
+    assert main(["pretrain", "molecules_full_pretrain", *told, *short]) == 0
+    weights = tmp_path / "molecules_full_pretrain" / "weights.safetensors"
+    domain = build("molecules_edm", {"model": None, "weights": str(weights), **small})
+    edm.write(tmp_path / "edm", domain.model_of(domain.denoiser()))
+    again = world(model=str(tmp_path / "edm")).denoiser().state_dict()
+    assert all(torch.equal(again[name], value) for name, value in domain.denoiser().state_dict().items())
+    out = ["--num", "3", "--num-steps", "5", "--out", str(tmp_path / "found.npz")]
+    assert main(["sample", "molecules_edm", "domain.model=null", f"domain.weights={weights}", *told, *out]) == 0
+    with np.load(tmp_path / "found.npz") as found:
+        assert found["x_0"].shape == (3, *domain.event_shape)
 
 
 # what a conditional model is told
@@ -263,6 +318,12 @@ def test_what_it_is_told_is_checked_by_name(name, at, sentence):
         ({"model": "nowhere"}, r"no nowhere/args\.pickle; an EDM checkpoint is a folder"),
         ({"model": str(GOLDEN / "forward.npz")}, r"forward\.npz is damaged or no \.safetensors"),
         ({"model": str(GOLDEN), "max_atoms": 0}, "max_atoms is 0"),
+        (
+            {"model": str(GOLDEN), "hydrogens": True},
+            r"hydrogens is True, and .* has its own; leave it out",
+        ),
+        ({"model": None, "num_layers": 0}, "num_layers is 0; give 1 to 10000"),
+        ({"model": None, "width": "wide"}, "width is 'wide'; it should be a whole number or null"),
     ],
 )
 def test_what_is_no_model_is_refused_in_a_sentence(told, sentence):

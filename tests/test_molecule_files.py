@@ -9,14 +9,16 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from small_molecules import EDM, GOLDEN, IDS, PUBLISHED, WATER, archive, one_by_one, same, texts
 
 from envs.molecules import data, files, qm9pack
-from envs.molecules.data import Molecules
+from envs.molecules.data import Molecules as Table
+from envs.molecules.domain import Molecules
 
 
 @pytest.fixture
-def published() -> Molecules:
+def published() -> Table:
     return files.read(PUBLISHED)
 
 
@@ -85,6 +87,9 @@ def test_an_npz_that_is_something_else_is_refused(tmp_path):
         ({k: v for k, v in arrays.items() if k != "charges"}, "has no 'charges'"),
         (arrays | {"num_atoms": arrays["num_atoms"] + 20}, "num_atoms .20,. up to"),
         (arrays | {"positions": arrays["positions"][:, :-1]}, "positions .20, 28, 3."),
+        (arrays | {"positions": arrays["positions"] * 1j}, "has positions of complex64; give real numbers"),
+        (arrays | {"charges": arrays["charges"] + 0.5}, "has charges that are no whole numbers; give the atomic"),
+        (arrays | {"num_atoms": arrays["num_atoms"] * np.nan}, "has num_atoms that are no whole numbers"),
     ]
     for content, message in cases:
         np.savez(path, **content)
@@ -143,6 +148,7 @@ BAD = {
     "no_atoms.xyz": ("0\n\n", "no atoms"),
     "text.xyz": ("not a molecule", "no number of atoms in its first line"),
     "text.sdf": ("not a molecule", "a record that RDKit cannot read"),
+    "long.xyz": (WATER.replace("O 0", "000000001999 0"), "an unknown element '0000000019'"),
     "unknown.xyz": (WATER.replace("O", "Xx"), "an unknown element 'Xx'"),
 }
 
@@ -162,8 +168,8 @@ def test_bad_molecules_are_left_out_and_counted_by_reason(tmp_path, caplog):
     assert skipped.first["an unknown element 'Q'"] == "some.xyz, frame 2"
     assert len(files.read(tmp_path)) == 4
     (record,) = caplog.records
-    assert record.message.startswith(f"14 of 18 molecules in {tmp_path} are left out: 3 with no number of atoms in its")
-    assert record.message.endswith("4 for other reasons")
+    assert record.message.startswith(f"15 of 19 molecules in {tmp_path} are left out: 3 with no number of atoms in its")
+    assert record.message.endswith("5 for other reasons")
 
 
 def test_molecules_that_a_model_cannot_take_are_left_out():
@@ -178,6 +184,16 @@ def test_molecules_that_a_model_cannot_take_are_left_out():
         files.read(PUBLISHED, elements=["Cl"])
     with pytest.raises(ValueError, match=r"elements has \['Xx'\]; give symbols"):
         files.read(PUBLISHED, elements=["H", "Xx"])
+
+
+def test_a_model_s_own_limits_are_told_like_a_file_s(caplog):
+    assert Molecules(data=str(PUBLISHED), max_atoms=4).context(3, torch.Generator())["mask"].shape == (3, 4)
+    (record,) = caplog.records
+    assert record.message.startswith(f"2 of 5 molecules in {PUBLISHED} are left out: 2 with more than 4 atoms (first:")
+    with pytest.raises(
+        ValueError, match=r"no molecule of 1 to 9 atoms of Cl: 4 with an element C, .*; raise max_atoms"
+    ):
+        files.fitting(files.read(PUBLISHED), "mine", 9, ["Cl"])
 
 
 def test_a_path_with_nothing_to_read_says_what_is_allowed(tmp_path):

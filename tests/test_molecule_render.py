@@ -209,11 +209,15 @@ def test_whatever_a_panel_is_called_it_is_text(panels):
 
 def test_a_few_numbers_tell_how_good_a_set_is(panels):
     found = render.numbers(panels["pretrained"].samples)
-    assert found.keys() == {"validity", "uniqueness", "diversity", "qed", "synth"}
+    assert found.keys() == {"validity", "uniqueness", "diversity", "qed", "synth", "sound_geometry"}
     assert found["validity"] == pytest.approx(5 / 6)
     assert found["uniqueness"] == pytest.approx(4 / 5)
     assert found["qed"] == pytest.approx(np.mean(QED()(["CCO", "CC#N", "CC(=O)N", "CCCO", "CCCO"])))
-    assert np.isnan(render.numbers([])["validity"])
+    assert found["sound_geometry"] == 1
+    assert np.isnan(render.numbers([])["validity"]) and np.isnan(render.numbers([None])["sound_geometry"])
+    bent = Chem.Mol(panels["pretrained"].samples[0])
+    bent.GetConformer().SetPositions(bent.GetConformer().GetPositions() * 1.5)
+    assert render.numbers([bent, panels["pretrained"].samples[0]])["sound_geometry"] == 0.5
 
 
 def test_the_report_of_a_run_shows_its_molecules(panels, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_molecules import GOLDEN, IDS, PUBLISHED, same
+from small_molecules import GOLDEN, IDS, PUBLISHED, archive, same, texts
 
 from envs.molecules import data, files, qm9, qm9pack
 
@@ -61,6 +62,28 @@ def test_qm9_is_built_once_and_then_read_from_its_cache(everything, tmp_path, mo
     files.read(PUBLISHED).save(tmp_path / "data" / qm9.FILE)
     with pytest.raises(ValueError, match="does not hold the 130,831 molecules of QM9; delete it"):
         qm9.qm9()
+
+
+def test_without_a_source_it_is_found_in_the_environment_or_beside_its_cache(everything, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYFT_QM9", str(tmp_path / "nowhere.sdf"))
+    with pytest.raises(ValueError, match=r"there is no .*nowhere\.sdf; give"):
+        qm9.qm9(folder=tmp_path)
+    for source in (PUBLISHED, tmp_path / "mine.tar.bz2"):
+        monkeypatch.setenv("RAYFT_QM9", str(source))
+        archive(tmp_path / "mine.tar.bz2", texts(), bz2.open)
+        with pytest.raises(ValueError, match=rf"{source} has 5 of the 130,831"):
+            qm9.qm9(folder=tmp_path)
+    monkeypatch.delenv("RAYFT_QM9")
+    for name in ("qm9", "dsgdb9nsd", "dsgdb9nsd.xyz"):
+        shutil.copytree(PUBLISHED, tmp_path / name)
+        with pytest.raises(ValueError, match=rf"/{name} has 5 of the 130,831"):
+            qm9.qm9(folder=tmp_path)
+    archive(tmp_path / "dsgdb9nsd.xyz.tar.bz2", texts(), bz2.open)
+    with pytest.raises(ValueError, match=r"/dsgdb9nsd\.xyz\.tar\.bz2 has 5 of the 130,831"):
+        qm9.qm9(folder=tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "qm9").symlink_to(everything)
+    assert len(qm9.qm9("test", folder=tmp_path / "new")) == 13_083
 
 
 def test_a_part_of_qm9_is_not_taken_for_qm9(tmp_path):
@@ -114,7 +137,8 @@ def child(folder: Path, source: Path | None = None, **environment: str) -> subpr
 def test_without_network_one_sentence_says_what_to_do(tmp_path):
     error = child(tmp_path / "new", PIP_NO_INDEX="1").communicate()[1]
     assert "fetching qm9pack==1.0.3, 104 MB, once, from PyPI" in error
-    assert "ValueError: QM9 is not in" in error and "pip install 'rayft[qm9]', without one, give as source" in error
+    assert "ValueError: QM9 is not in" in error and "pip install 'rayft[qm9]'" in error
+    assert "without one, set RAYFT_QM9 to the path of qm9pack" in error
     assert {file.name for file in (tmp_path / "new").iterdir()} == {f".{qm9.FILE}.lock"}
 
 
@@ -153,7 +177,7 @@ def test_whoever_waits_takes_over_from_a_process_that_was_killed(everything, tmp
 @pytest.mark.slow
 def test_the_real_wheel_is_fetched_and_has_the_published_histogram(tmp_path):
     train = qm9.qm9("train", folder=tmp_path)
-    assert data.sizes(train)[3:].tolist() == [
+    assert np.bincount(train.num_atoms)[3:].tolist() == [
         *(1, 4, 5, 9, 16, 49, 124, 362, 807, 1689, 3060, 5136, 7796, 10644, 13025, 13364, 13832, 9482, 9970, 3393),
         *(4848, 539, 1506, 48, 266, 0, 25),
     ]  # EDM's n_nodes

@@ -21,20 +21,26 @@ def default_folder() -> Path:
 
 def cached(path: Path, build: Callable[[], Molecules]) -> Molecules:
     """The molecules in ``path``; where there is no such file, ``build`` is called by one process of this machine."""
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
-                for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                    left.unlink(missing_ok=True)
-                if not path.is_file():
-                    build().save(path)
-        except OSError as error:
-            raise ValueError(
-                f"cannot keep data in {path.parent} ({error.strerror or error}); set RAYFT_DATA to a folder that you "
-                "can write"
-            ) from None
+    once(path, lambda: build().save(path))
     return load(path)
+
+
+def once(path: Path, make: Callable[[], None]) -> None:
+    """Where there is no ``path``, ``make`` is called by one process of this machine."""
+    if path.is_file():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            if not path.is_file():
+                make()
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep data in {path.parent} ({error.strerror or error}); set RAYFT_DATA to a folder that you "
+            "can write"
+        ) from None
 
 
 @contextmanager

@@ -8,6 +8,9 @@ For QM9's QED mean and sd are known here, so that sampling at a value needs no d
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -15,13 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.molecules.cache import default_folder
+from envs.molecules.cache import default_folder, once
+from envs.molecules.data import Molecules as Table
 from envs.molecules.domain import ELEMENTS, FOLDER, MAX_ATOMS, REWARDS, TRAINED_STEPS, Molecules, trained_on
 from envs.molecules.light import LightEGNN
 from rayft.domain import Denoiser, load_weights
 from rayft.reward import build
 
+TRAINED = "runs/molecules_conditional_pretrain/weights.safetensors"
 QM9 = {"qed": (0.4664, 0.0779)}  # mean and sd of the training split
+
+logger = logging.getLogger(__name__)
 
 
 class ConditionalMolecules(Molecules):
@@ -43,6 +50,8 @@ class ConditionalMolecules(Molecules):
         super().__init__(num_steps, weights, data, max_atoms, width, num_layers)
         if condition not in REWARDS:
             raise ValueError(f"condition is {condition!r}; give one of {', '.join(REWARDS)}")
+        if at is not None and (type(at) not in (int, float) or not math.isfinite(at)):
+            raise ValueError(f"at is {at!r}; give a number, the {condition} asked for, or null for the data's own")
         self.condition, self.at = condition, at
 
     def denoiser(self) -> Denoiser:
@@ -50,7 +59,8 @@ class ConditionalMolecules(Molecules):
         if self.weights is not None:
             if not Path(self.weights).is_file():
                 what = f"there are no weights in {self.weights}"
-                raise ValueError(f"{what}: make them with `rayft pretrain molecules_conditional_pretrain`")
+                todo = "make them with `rayft pretrain molecules_conditional_pretrain`"
+                raise ValueError(f"{what}: {todo}, then give domain.weights={TRAINED}")
             load_weights(net, Path(self.weights))
         return net
 
@@ -82,17 +92,44 @@ class ConditionalMolecules(Molecules):
     def _values(self) -> Tensor:
         """The property of every training molecule, scored once and kept beside the data."""
         table = trained_on(self.source, self.max_atoms)
-        kept = default_folder() / f"qm9_heavy_{self.condition}.npy" if self.source == "qm9" else None
-        if kept is not None and kept.is_file():
-            values = np.load(kept, allow_pickle=False)
+        if self.source == "qm9":
+            kept = default_folder() / f"qm9_heavy{self.max_atoms}_{self.condition}.npy"
+            once(kept, lambda: _save(kept, self._scored(table)))
+            values = _load(kept, len(table))
         else:
-            scored = build(REWARDS[self.condition], {})(table.smiles.tolist())
-            values = np.array([np.nan if value is None else value for value in scored], np.float32)
-            if kept is not None:
-                np.save(kept, values)
+            values = self._scored(table)
         known = np.isfinite(values)
-        if len(values) != len(table) or not known.any():
-            raise ValueError(
-                f"{self.condition} is known of none of {self.source}; delete {kept}, or give another condition"
-            )
+        if num := int((~known).sum()):
+            what = f"{self.condition} is unknown of {num} of {len(table)} molecules in {self.source}"
+            logger.warning("%s; in training they are told the mean of the others", what)
         return torch.from_numpy(np.where(known, values, values[known].mean()).astype(np.float32)).unsqueeze(1)
+
+    def _scored(self, table: Table) -> np.ndarray:
+        """NaN where unknown."""
+        scored = build(REWARDS[self.condition], {})(table.smiles.tolist())
+        values = np.array([np.nan if value is None else value for value in scored], np.float32)
+        if not np.isfinite(values).any():
+            what = f"{self.condition}, which is scored on SMILES, is known of no molecule in {self.source}"
+            raise ValueError(f"{what}; .xyz and .npz have none: give an .sdf, or QM9 made of qm9pack")
+        return values
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    """In one piece or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, values)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path, num: int) -> np.ndarray:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        values = np.zeros(0)
+    if values.shape != (num,):
+        raise ValueError(f"{path} does not hold a number for each of {num} molecules; delete it and try again")
+    return values

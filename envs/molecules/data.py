@@ -200,8 +200,3 @@ def collate(molecules: Iterable[Molecule]) -> Molecules:
         np.array([one.index for one in found], np.int64),
         {name: np.array([one.properties[name] for one in found], np.float64) for name in shared},
     )
-
-
-def sizes(molecules: Molecules) -> np.ndarray:
-    """[n] = how many molecules have n atoms, for n = 0 .. the largest."""
-    return np.bincount(molecules.num_atoms)

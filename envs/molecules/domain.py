@@ -146,16 +146,11 @@ class Molecules(Domain):
 
 def trained_on(source: str, max_atoms: int, split: str = "train") -> Table:
     """The heavy atoms of a split of QM9, or of the user's own file, as far as a model of this size takes them."""
-    from envs.molecules.files import Skipped, read, select
+    from envs.molecules.files import fitting, read
     from envs.molecules.qm9 import qm9
 
     table = (qm9(split) if source == "qm9" else read(source)).heavy()
-    fitting = select(table, Skipped(), source, max_atoms, SYMBOLS)
-    if not len(fitting):
-        raise ValueError(
-            f"{source} has no molecule of 1 to {max_atoms} atoms of C, N, O, F; raise max_atoms, or give other data"
-        )
-    return fitting
+    return fitting(table, source, max_atoms, SYMBOLS)
 
 
 def events_of(table: Table, max_atoms: int = MAX_ATOMS) -> tuple[np.ndarray, np.ndarray]:

@@ -23,13 +23,37 @@ import torch
 from torch import Tensor
 
 from envs.molecules.egnn import EGNN
-from rayft.schedule import Schedule, polynomial
+from rayft.schedule import Schedule, cosine, from_alpha_bar, polynomial
 
 ARGUMENTS = "args.pickle"
 LARGEST_PICKLE = 1 << 20
 PLAIN = (type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)
 ELEMENTS, HYDROGEN = (6, 7, 8, 9), 1
 OLDER = {"normalization_factor": 1, "aggregation_method": "sum", "ema_decay": 0.9999}  # where a file does not say
+PUBLISHED = {  # of the unconditional models of QM9
+    "dataset": "qm9",
+    "remove_h": False,
+    "include_charges": True,
+    "conditioning": [],
+    "context_node_nf": 0,
+    "condition_time": True,
+    "model": "egnn_dynamics",
+    "nf": 256,
+    "n_layers": 9,
+    "attention": True,
+    "tanh": True,
+    "norm_constant": 1,
+    "inv_sublayers": 1,
+    "sin_embedding": False,
+    "normalization_factor": 1,
+    "aggregation_method": "sum",
+    "probabilistic_model": "diffusion",
+    "diffusion_steps": 1000,
+    "diffusion_noise_schedule": "polynomial_2",
+    "diffusion_noise_precision": 1e-5,
+    "diffusion_loss_type": "l2",
+    "normalize_factors": [1, 4, 10],
+}
 NAMES = (  # ours -> EDM's, each applied in turn
     (r"^embed\.", "embedding."),
     (r"^read\.", "embedding_out."),
@@ -110,7 +134,9 @@ def write(folder: str | Path, model: EDMModel) -> None:
 
 
 def schedule_of(arguments: Mapping[str, Any]) -> Schedule:
-    """The schedule of checked settings."""
+    """The schedule of checked settings. EDM's cosine leaves out the first of T + 2 points, which has no noise."""
+    if arguments["diffusion_noise_schedule"] == "cosine":
+        return from_alpha_bar(cosine(arguments["diffusion_steps"] + 1).alpha_bar[1:])
     power = float(arguments["diffusion_noise_schedule"].removeprefix("polynomial_"))
     return polynomial(arguments["diffusion_steps"], power, arguments["diffusion_noise_precision"])
 
@@ -195,8 +221,8 @@ def _are_names(given: Any) -> bool:
     return isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
 
 
-def _is_polynomial(given: Any) -> bool:
-    return isinstance(given, str) and re.fullmatch(r"polynomial_[1-9]([0-9]|\.[0-9]+)?", given) is not None
+def _is_schedule(given: Any) -> bool:
+    return isinstance(given, str) and re.fullmatch(r"cosine|polynomial_[1-9]([0-9]|\.[0-9]+)?", given) is not None
 
 
 TRUE_OR_FALSE = _one_of(True, False)
@@ -206,8 +232,8 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dataset": _one_of("qm9", "qm9_second_half"),
     "condition_time": _one_of(True),
     "diffusion_noise_schedule": (
-        "a polynomial schedule such as 'polynomial_2', no cosine and no learned one",
-        _is_polynomial,
+        "'cosine' or a polynomial schedule such as 'polynomial_2', no learned one",
+        _is_schedule,
     ),
     "diffusion_steps": _whole(1),
     "diffusion_noise_precision": _number(1e-9, 0.1),

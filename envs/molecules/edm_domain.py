@@ -1,4 +1,4 @@
-"""EDM's published checkpoints as a Domain: its own network, its own events, its own schedule, respaced.
+"""EDM's network as a Domain, from a checkpoint or fresh: its own events, its own schedule, respaced.
 
     event [n, 3 + elements] = (x / norm_x, one-hot / norm_h),    and one more, Z / norm_Z, where the model has charges
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.molecules import edm_files
+from envs.molecules import bonds, decode, edm, edm_files
 from envs.molecules.data import Molecules as Table
 from envs.molecules.domain import NUM_OF_SIZE, Molecules, denser_near_data
 from envs.molecules.edm import HYDROGEN, EDMModel
@@ -33,6 +33,9 @@ NUM_OF_FULL_SIZE = (  # QM9's molecules by their atoms, hydrogens among them
 class EDMMolecules(Molecules):
     """Molecules of an EDM checkpoint: ``model`` is EDM's folder, or a file that ``rayft import edm`` made of it.
 
+    ``model`` null is a fresh network of ``num_layers`` and ``width``, with ``hydrogens`` or of heavy atoms: EDM's
+    published one of QM9 where nothing else is told. Weights: ``rayft pretrain molecules_full_pretrain``.
+
     ``num_steps``: of the model's timesteps, closer together near the data; None takes them all.
     ``at``: for a conditional model the value of each property, as (value - mean) / mean absolute deviation over QM9.
     ``weights``: a state dict of the same network in place of the model's own, such as a fine-tuned one.
@@ -42,14 +45,18 @@ class EDMMolecules(Molecules):
 
     def __init__(
         self,
-        model: str,
+        model: str | None,
         num_steps: int | None = 100,
         at: Mapping[str, float] | None = None,
         weights: str | None = None,
         data: str = "qm9",
         max_atoms: int | None = None,
+        hydrogens: bool | None = None,
+        width: int | None = None,
+        num_layers: int | None = None,
     ) -> None:
-        found = edm_files.read(model)
+        told = {"hydrogens": hydrogens, "width": width, "num_layers": num_layers}
+        found = _fresh(**told) if model is None else _read(model, told)
         self.trained, self.arguments, self.elements = found.schedule, found.arguments, found.elements
         self.norm_values, self.include_charges = found.norm_values, found.include_charges
         self.conditioning, self.at, self.model = found.conditioning, _asked(at, found.conditioning), model
@@ -70,7 +77,7 @@ class EDMMolecules(Molecules):
         return denser_near_data(self.trained, self.num_steps)
 
     def denoiser(self) -> Denoiser:
-        net = edm_files.read(self.model).denoiser
+        net = edm.network(self.arguments) if self.model is None else edm_files.read(self.model).denoiser
         if self.weights is not None:
             load_weights(net, self.weights)
         return net
@@ -90,6 +97,15 @@ class EDMMolecules(Molecules):
 
     def held_out(self, num_events: int, generator: torch.Generator) -> None:
         """Nothing: all of ``data`` is trained on."""
+
+    def measure(self, samples: list[Any], x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """With EDM's stability of all samples, decodable or not; of heavy atoms alone nothing is said."""
+        told = dict(super().measure(samples, x_0, context))
+        if HYDROGEN in self.elements and len(x_0):
+            atoms = decode.atoms(x_0, context)
+            stable, num_stable = bonds.stability(atoms.positions, atoms.numbers, atoms.mask)
+            told |= {"atom_stability": num_stable.sum() / atoms.mask.sum(), "molecule_stability": stable.mean()}
+        return {name: float(value) for name, value in told.items()}
 
     def _told(self, mask: Tensor, values: Tensor) -> dict[str, Tensor]:
         """What stays fixed along chains of these masks."""
@@ -129,17 +145,32 @@ class EDMMolecules(Molecules):
 
     def _table(self) -> Table:
         """QM9's training split, or the user's own molecules, as far as the model takes them."""
-        from envs.molecules.files import Skipped, read, select
+        from envs.molecules.files import fitting, read
         from envs.molecules.qm9 import qm9
 
         table = qm9("train") if self.source == "qm9" else read(self.source)
         table = table if HYDROGEN in self.elements else table.heavy()
-        symbols = [SYMBOLS[number] for number in self.elements]
-        fitting = select(table, Skipped(), self.source, self.max_atoms, symbols)
-        if not len(fitting):
-            what = f"no molecule of 1 to {self.max_atoms} atoms of {', '.join(symbols)}"
-            raise ValueError(f"{self.source} has {what}; raise max_atoms, or give other data")
-        return fitting
+        return fitting(table, self.source, self.max_atoms, [SYMBOLS[number] for number in self.elements])
+
+
+def _read(model: str, told: Mapping[str, Any]) -> EDMModel:
+    """The checkpoint, which brings its own settings."""
+    given = [name for name, value in told.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} is {told[given[0]]}, and {model} has its own; leave it out, or give domain.model=null"
+        )
+    return edm_files.read(model)
+
+
+def _fresh(hydrogens: bool | None, width: int | None, num_layers: int | None) -> EDMModel:
+    """EDM's published settings with these in their place, and a network without numbers."""
+    given = {"remove_h": None if hydrogens is None else not hydrogens, "nf": width, "n_layers": num_layers}
+    for name, value in (("width", width), ("num_layers", num_layers)):
+        if value is not None and not 1 <= value <= 10_000:
+            raise ValueError(f"{name} is {value}; give 1 to 10000, or leave it out for EDM's own")
+    arguments = edm.PUBLISHED | {name: value for name, value in given.items() if value is not None}
+    return EDMModel(edm.claimed(arguments), edm.schedule_of(arguments), arguments)
 
 
 def _asked(at: Mapping[str, float] | None, conditioning: tuple[str, ...]) -> list[float]:

@@ -60,10 +60,13 @@ def read(path: str | Path, max_atoms: int | None = None, elements: Iterable[str]
     Bad ones are left out and counted in one warning; ``ValueError`` where no good one is left.
     """
     molecules, skipped = read_counted(path, max_atoms, elements)
-    if skipped.counts:
-        total = skipped.counts.total()
-        logger.warning("%d of %d molecules in %s are left out: %s", total, total + len(molecules), path, skipped)
+    _warn(path, len(molecules), skipped)
     return molecules
+
+
+def _warn(path: str | Path, num_kept: int, skipped: Skipped) -> None:
+    if total := skipped.counts.total():
+        logger.warning("%d of %d molecules in %s are left out: %s", total, total + num_kept, path, skipped)
 
 
 def read_counted(
@@ -126,6 +129,17 @@ def select(
     kept = np.ones(len(molecules), bool)
     kept[list(reasons)] = False
     return molecules[kept]
+
+
+def fitting(molecules: Molecules, source: str, max_atoms: int, elements: Sequence[str]) -> Molecules:
+    """Those of ``source`` that a model can take; of the others one warning, or ``ValueError``, as in ``read``."""
+    skipped = Skipped()
+    kept = select(molecules, skipped, source, max_atoms, elements)
+    if not len(kept):
+        what = f"no molecule of 1 to {max_atoms} atoms of {', '.join(elements)}"
+        raise ValueError(f"{source} has {what}: {skipped}; raise max_atoms, or give other data")
+    _warn(source, len(kept), skipped)
+    return kept
 
 
 def _batches(path: Path, skipped: Skipped) -> Iterator[tuple[Molecules, Sequence[str] | str]]:

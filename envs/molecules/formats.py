@@ -83,7 +83,7 @@ def _frame(lines: list[str], label: str, gdb: Mapping[str, float], smiles: str) 
     numbers = []
     for row in rows:
         number = ATOMIC_NUMBERS.get(row[0].capitalize()) if row else None
-        if number is None and row and row[0].isdecimal() and 0 < int(row[0][:9]) <= len(SYMBOLS):
+        if number is None and row and row[0].isdecimal() and len(row[0]) < 10 and 0 < int(row[0]) <= len(SYMBOLS):
             number = int(row[0])
         if number is None:
             return Unreadable(label, f"an unknown element {row[0][:10]!r}" if row else "an empty line for an atom")
@@ -162,12 +162,19 @@ def npz(file: BinaryIO, label: str) -> Molecules:
         raise ValueError(f"{label} is no whole .npz of plain numbers ({error}); get it or write it again") from None
     shape = (*num_atoms.shape, *charges.shape[1:])
     fits = num_atoms.ndim == 1 and charges.ndim == 2 and charges.shape == shape and positions.shape == (*shape, 3)
-    numeric = all(np.issubdtype(array.dtype, np.number) for array in (num_atoms, charges, positions))
-    if not fits or not numeric or (num_atoms < 0).any() or (num_atoms > charges.shape[1]).any():
+    for name, array in (("num_atoms", num_atoms), ("charges", charges), ("positions", positions)):
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{label} has {name} of {array.dtype}; give real numbers")
+    if not (num_atoms == np.trunc(num_atoms)).all():
+        raise ValueError(f"{label} has num_atoms that are no whole numbers; give the atoms of each molecule")
+    if not fits or (num_atoms < 0).any() or (num_atoms > charges.shape[1]).any():
         raise ValueError(
             f"{label} has num_atoms {num_atoms.shape} up to {num_atoms.max(initial=0)}, charges {charges.shape} and "
             f"positions {positions.shape}; EDM's and Cormorant's format has {what}"
         )
+    atoms = charges[np.arange(charges.shape[1]) < num_atoms[:, None]]
+    if not (atoms == np.trunc(atoms)).all():
+        raise ValueError(f"{label} has charges that are no whole numbers; give the atomic number of each atom")
     return _unpadded(num_atoms, charges, positions, arrays)
 
 

@@ -2,10 +2,10 @@
 
 validity = valid / all,   uniqueness = |{SMILES}| / valid,   novelty = |{SMILES} - training| / |{SMILES}|
 
-``describe`` looks at each molecule by itself and can be mapped over chunks anywhere; ``summary`` adds rows up. Valid is
-what ``decode`` gives: sane, and one fragment. EDM (Hoogeboom et al. 2022) counts a sample whose largest fragment is
-sane; its numbers stand beside, as ``edm_``. Two molecules are the same when their graphs are: stereo and the way
-hydrogens are written do not count. QED and SA are those of the rewards.
+``describe`` looks at each molecule by itself, ``summary`` adds up what it found. Valid is what ``decode`` gives: sane,
+and one fragment. EDM (Hoogeboom et al. 2022) counts a sample whose largest fragment is sane; its numbers stand beside,
+as ``edm_``. Two molecules are the same when their graphs are: stereo and the way hydrogens are written do not count.
+QED and SA are those of the rewards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 BITS = 2048  # of a Morgan fingerprint of radius 2
 MAX_COMPARED = 5000  # molecules: all their pairs are 12.5 million, a second
+KNOWN = 0.99  # of a training set's molecules, by their SMILES
 BLOCK = 500  # rows of the similarity matrix held at once
 Known = Collection[str] | np.ndarray | None  # a training set: its ``graph_smiles``, or their ``digests``
 
@@ -147,6 +147,18 @@ def digests(smiles: Iterable[str]) -> np.ndarray:
     return np.unique(np.frombuffer(b"".join(found), dtype=np.uint64))
 
 
+def training_set(smiles: Iterable[str]) -> np.ndarray:
+    """``known`` for novelty, of a training set's SMILES; refused where too few are known, as all would look new."""
+    found = [graph_smiles(one) for one in smiles]
+    num_read = sum(map(bool, found))
+    if num_read < KNOWN * len(found):
+        raise ValueError(
+            f"{num_read:,} of {len(found):,} training molecules have a SMILES, and novelty needs {KNOWN:.0%}; "
+            "EDM's .npz has none: delete qm9_v1.arrow in $RAYFT_DATA (or ~/.cache/rayft), and make it of qm9pack"
+        )
+    return digests(filter(None, found))
+
+
 def _whole(sample: Any) -> Mol | None:
     """As the rewards read it, where it is one fragment."""
     mol = parse(sample)
@@ -216,18 +228,6 @@ def _morgan() -> Any:
 
 
 # -- the set
-
-
-def join(parts: Sequence[Rows]) -> Rows:
-    """The rows of several chunks, in their order."""
-    if not parts:
-        return describe([])
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Rows(*(_joined(column) for column in columns))
-
-
-def _joined(column: Any) -> Any:
-    return tuple(chain(*column)) if isinstance(column[0], tuple) else np.concatenate(column)
 
 
 def summary(rows: Rows, known: Known = None) -> Summary:

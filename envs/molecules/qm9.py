@@ -9,6 +9,7 @@ Read once from whatever source there is into one Arrow file, and from there ever
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from envs.molecules.formats import QM9_PROPERTIES
 NUM_PUBLISHED, NUM_CHARACTERIZED = 133_885, 130_831
 SPLITS = {"train": 100_000, "valid": 17_748, "test": 13_083}
 FILE = "qm9_v1.arrow"
+PUBLISHED_NAMES = (qm9pack.WHEEL, "dsgdb9nsd.xyz.tar.bz2", "dsgdb9nsd.xyz", "dsgdb9nsd", "gdb9.sdf", "qm9")
 SOURCES = (
     "qm9pack-1.0.3-py3-none-any.whl, dsgdb9nsd.xyz.tar.bz2 or its folder, gdb9.sdf, or EDM's folder of train.npz, "
     "valid.npz and test.npz"
@@ -52,7 +54,8 @@ def qm9(split: str = "train", folder: str | Path | None = None, source: str | Pa
     """A split of QM9 with all hydrogens, in the order of the ids, with 15 properties in the units of the publication.
 
     It lies in ``folder`` ($RAYFT_DATA, else ~/.cache/rayft). Where it is not there yet, it is made from ``source``, a
-    path to any form of it; without one from an installed qm9pack, else from PyPI.
+    path to any form of it; without one from $RAYFT_QM9, a published file in ``folder`` (EDM's three in a folder qm9),
+    an installed qm9pack, else from PyPI.
     """
     places = _places(split)
     path = (default_folder() if folder is None else Path(folder).expanduser()) / FILE
@@ -74,8 +77,11 @@ def _places(split: str) -> np.ndarray:
 
 def _build(folder: Path, source: Path | None) -> Molecules:
     """All of QM9 from ``source``; without one, from what is at hand or from PyPI."""
+    if source is None and (told := os.environ.get("RAYFT_QM9")):
+        source = Path(told).expanduser()
     if source is None:
-        source = next(iter(sorted(folder.glob(qm9pack.WHEEL))), None) or qm9pack.installed()
+        lying = (path for name in PUBLISHED_NAMES for path in sorted(folder.glob(name)))
+        source = next(lying, None) or qm9pack.installed()
     if source is not None:
         return complete(source)
     for left in folder.glob(".qm9pack-*"):  # of a process that was killed: only one at a time comes here
@@ -86,7 +92,8 @@ def _build(folder: Path, source: Path | None) -> Molecules:
         except ValueError as error:
             raise ValueError(
                 f"QM9 is not in {folder} and could not be fetched ({error}); with a network, pip install "
-                f"'rayft[qm9]', without one, give as source the path of {SOURCES}"
+                f"'rayft[qm9]', without one, set RAYFT_QM9 to the path of {SOURCES}; or put it into {folder}, "
+                "EDM's as qm9"
             ) from None
         return complete(wheel)
 

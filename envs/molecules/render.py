@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.molecules import solid
+from envs.molecules import geometry, solid
 from envs.molecules.metrics import summarise
 from envs.molecules.reward import need, parse
 from envs.molecules.write import smiles
@@ -70,9 +71,11 @@ def sections(panels: Mapping[str, Panel]) -> dict[str, str]:
 
 
 def numbers(samples: Sequence[Any]) -> dict[str, float]:
-    """A few of ``metrics``' numbers of a set, for ``Domain.metrics``."""
+    """A few of ``metrics``' numbers of a set, and the share of valid ones whose geometry passes every check."""
     found = summarise(samples)
-    return {name: getattr(found, name) for name in TOLD}
+    sound = geometry.shares([geometry.check(one) for one in samples if one is not None])[-1]
+    share = sound.passed / sound.judged if sound.judged else math.nan
+    return {**{name: getattr(found, name) for name in TOLD}, "sound_geometry": share}
 
 
 def _shown(panel: Panel) -> list[Shown]:
