@@ -67,7 +67,13 @@ class Process:
         return -self.linear_in("eps")[1]
 
     def even_in(self, prediction: str) -> Float[Tensor, " T_plus_1"]:
-        """What turns |mu - mu'|^2 / (2 sigma_t^2) into |out - out'|^2 of a network that predicts ``prediction``."""
+        """What turns |mu - mu'|^2 / (2 sigma_t^2) into |out - out'|^2 of a network that predicts ``prediction``.
+
+        Noise that says nothing of x_0, where alpha_bar is 0, has weight 0.
+        """
+        if prediction == "eps":
+            ab = self.schedule.alpha_bar
+            return 2 * self.sigma**2 / (self.from_x0**2 * (1 - ab) / ab)
         return 2 * self.sigma**2 / self.linear_in(prediction)[1] ** 2
 
 

@@ -132,10 +132,11 @@ def test_what_an_algorithm_cannot_do_is_refused_with_what_it_can(name, reward, t
         ("pcl", 30, {"alpha": 0.5, "chains": 128, "steps": 5, "minibatch_size": 512, "replay": 128}, 0.6),
         ("forward", 20, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.7),
         ("forward", 20, {"alpha": 0.5, "chains": 1024, "minibatch_size": 4096, "sampling_steps": 25}, 0.6),
+        ("forward", 20, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096, "average": 0.3}, 0.7),
     ],
     ids=[
         *("ppo", "rwmle", "rwmle-current", "rwmle-noised", "rgdm", "grpo", "backprop", "backprop-surrogate"),
-        *("pcl", "pcl-replay", "forward", "forward-short"),
+        *("pcl", "pcl-replay", "forward", "forward-short", "forward-pushed"),
     ],
 )
 def test_every_algorithm_comes_near_the_known_optimum(ray_session, name, iterations, told, least):

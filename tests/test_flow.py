@@ -162,3 +162,13 @@ def test_a_flow_is_fine_tuned_to_the_known_optimum(ray_session):
     algo.stop()
     print("attained by a flow:", round(verdict["attained"], 3))
     assert verdict["attained"] > 0.85
+
+
+def test_weights_even_in_noise_are_0_where_noise_says_nothing():
+    process = reverse_process(rectified(10))
+    weight = process.even_in("eps")
+    keep = process.schedule.alpha_bar[1:-1]
+    gain = process.from_x0[1:-1] * ((1 - keep) / keep).sqrt()
+    assert weight[-1] == 0
+    torch.testing.assert_close(weight[1:-1], 2 * process.sigma[1:-1] ** 2 / gain**2)
+    assert torch.isfinite(weight[1:]).all()

@@ -1,12 +1,13 @@
 """Forward-process fine-tuning: finished events under new noise, the good ones counted more; no log-probabilities.
 
-    L = E_t (|y - (1 + A)_+ g|^2 + (alpha / s) |mu - mu_pre|^2) / (2 sigma_t^2),    y = mu - mu_old,
-    g = (posterior mean of x_0 and x_t) - mu_old,    A = (r - mean) / s
+    L = E_t (|y - (a + A) g|^2 + (alpha / s) |mu - mu_pre|^2) / (2 sigma_t^2),    y = mu - mu_old,
+    g = (posterior mean of x_0 and x_t) - mu_old,    A = (r - mean) / s, at least -1
 
-Good events draw, bad ones hold less than an average one would, in one denoising loss. Only x_0 is read of a chain, so
-any sampler may make it, a shorter one too (``sampling_steps``). The 1 keeps the policy the denoiser of its own events:
-with A alone bad events drive it away even from that, without end. Where it comes to rest,
-mu - mu_pre = Cov(r, g | x_t) / alpha under the policy: p*'s own condition to first order in r / alpha.
+Good events draw in one denoising loss. With a = 1 (``average``) bad ones hold less than an average one would; with less
+they push. Only x_0 is read of a chain, so any sampler may make it, a shorter one too (``sampling_steps``). What a keeps
+the policy to is the denoiser of its own events, which costs KL where the pretrained model is not quite that; at a = 0
+bad events drive it away even from that, without end. Where it comes to rest, mu - mu_pre = Cov(r, g | x_t) / alpha
+under the policy: p*'s own condition to first order in r / alpha.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from rayft.seeds import torch_generator
 from rayft.settings import Count, NonNegative, Positive
 
 SEED_RANGE = 2**62
+WORST = -1.0  # advantage: an average event's weight of 1 leaves the worst with none
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class ForwardSettings(Settings):
     timestep_weight: TimestepWeight = "simple"
     """vlb: the likelihood's; simple: even in predicted noise; v: even in v, more where noise is."""
     advantage_clip: Positive = 5.0
-    """Largest A, in deviations; (1 + A)_+ has its smallest, -1, from the formula."""
+    """Largest A, in deviations; its smallest is -1."""
+    average: NonNegative = 1.0
+    """Weight of an event of average reward: 1 learns from good events alone, below it bad ones are negative samples."""
 
 
 class ForwardLearner(DiffusionLearner):
@@ -75,7 +79,7 @@ class Forward(ChainRL):
 
     def credit(self, draw: Draw, rewards: np.ndarray) -> Credit:
         advantage, scale = credit.advantage(rewards[None])
-        share = np.clip(1 + advantage[0], 0.0, 1 + self.settings.advantage_clip)
+        share = self.settings.average + np.clip(advantage[0], WORST, self.settings.advantage_clip)
         known = np.flatnonzero(np.isfinite(rewards))
         if not len(known):
             raise ValueError("every reward of this iteration has failed, and there is nothing to learn from")
