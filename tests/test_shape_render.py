@@ -13,6 +13,7 @@ from test_report import ALPHA, HOSTILE, Page, make_run
 from test_shape_splat import pixels, plane
 
 from envs.shapes import render
+from envs.shapes.domain import Shapes
 from envs.toy.domain import Toy
 from rayft import report
 from rayft.domain import Panel
@@ -105,12 +106,14 @@ def test_the_clouds_to_turn_are_the_best_of_each_model_in_its_colour(told):
     assert scenes[0]["layout"]["scene"]["camera"]["up"] == {"x": 0, "y": 0, "z": 1}
 
 
-def test_the_upright_axis_can_be_chosen(panels):
+def test_the_upright_axis_is_y_in_shapenets_files(panels):
     some = {"pretrained": panel(1)}
     found = render.sections(some, up="y")
     assert found["Shapes"] != render.sections(some)["Shapes"]
     (scene,) = Tree(found["Shapes in three dimensions"]).figures
     assert scene["layout"]["scene"]["camera"]["up"] == {"x": 0, "y": 1, "z": 0}
+    assert Shapes(data="shapenet.HDF5").page(some) == found
+    assert Shapes(data="shapenet.npz").page(some) == Shapes().page(some) == render.sections(some)
 
 
 def test_two_models_of_noisy_clouds_stay_within_the_bound_of_a_page():

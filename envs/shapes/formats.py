@@ -25,6 +25,7 @@ from envs.shapes.meshes import listed, sampled
 
 ALLOWED = "'generated', a folder of meshes, an .npz, or ShapeNet's .h5 or .hdf5"
 PARTS = ("train", "val", "test")
+HDF5 = (".h5", ".hdf5")
 Kind = tuple[str, str]  # group, class
 SHAPENET = """
 02691156 airplane  02747177 bin  02773838 bag  02801938 basket  02808440 bathtub  02818832 bed  02828884 bench
@@ -71,7 +72,7 @@ def read_counted(
         raise ValueError(f"there is no {path}; give {ALLOWED}")
     elif path.suffix.lower() == ".npz":
         shapes, skipped = npz(path, num_points, group, classes)
-    elif path.suffix.lower() in (".h5", ".hdf5"):
+    elif path.suffix.lower() in HDF5:
         shapes, skipped = hdf5(path, num_points, group, classes)
     else:
         raise ValueError(f"{path} has a name that says no format; give {ALLOWED}")
