@@ -49,6 +49,7 @@ class Shapes(Domain):
         ".ply": "envs.shapes.write:ply",
         ".obj": "envs.shapes.write:obj",
         ".zip": "envs.shapes.write:archive",
+        ".npz": "envs.shapes.write:npz",
     }
     metrics = "envs.shapes.metrics:numbers"
     training = "shapes_pretrain"  # the config that makes its weights
