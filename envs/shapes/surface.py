@@ -4,8 +4,8 @@ points on a triangle ~ num_points * its area / area of the mesh
 
 Which way round a triangle is wound does not matter to that, nor do holes and edges of three faces. A file without faces
 is a point cloud, a face of more than three corners a fan of triangles. Open3D is silent about files that are cut off,
-fills in what memory held, and loses the quads of an .obj: so .off and .obj are read here, .ply is held against its header,
-and a text .stl has to end. An .obj says nowhere how long it is: one that is cut off is a smaller mesh.
+fills in what memory held, and loses the quads of an .obj: so .off and .obj are read here, .ply is held against its
+header, and a text .stl has to end. An .obj says nowhere how long it is: one that is cut off is a smaller mesh.
 """
 
 from __future__ import annotations
