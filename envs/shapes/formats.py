@@ -212,7 +212,7 @@ def hdf5(
                         raise ValueError(f"{path} has {clouds.shape} of {clouds.dtype} in {synset}/{part}; {expected}")
                     names = [f"{synset}/{part}/{row:05d}" for row in range(len(clouds))]
                     found.append((clouds, [kind] * len(names), names))
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is cut off, damaged or no HDF5 file ({error}); get it again") from None
     return _usable(found, num_points, [order[place] for place in picked])
 
