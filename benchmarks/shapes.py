@@ -100,6 +100,7 @@ def movers(quick: bool) -> dict[str, Figure]:
     """Generated aircraft against other ones."""
     clouds = normalised(generated("aircraft").points)
     num, sizes = (2, (128, 256)) if quick else (6, (256, 512, 1024, 2048))
+    pairwise_emd(clouds[:1, : sizes[0]], clouds[-1:, : sizes[0]])  # or the first size would pay for importing POT
     seconds = [_seconds(pairwise_emd, clouds[:num, :n], clouds[-num:, :n]) / num**2 for n in sizes]
     power = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
     each = {f"emd/ms_per_pair/{n}": Figure(1e3 * s) for n, s in zip(sizes, seconds, strict=True)}

@@ -66,6 +66,7 @@ class Domain(ABC):
     rewards: Mapping[str, str] = {}  # short name -> import path of a reward
     decoder: str = "rayft.reward:as_arrays"  # (x_0, context) -> one sample per event, None where there is none
     canonical: str = "rayft.reward:itself"  # sample -> all that tells it from others, as str, number or array
+    # columns[name] has a row per sample: index, reward, part/NAME; of an .npz also x_0 and context/NAME
     formats: Mapping[str, str] = {}  # file suffix -> import path of write(path, samples, columns) -> how many it wrote
     metrics: str | None = None  # import path of (samples) -> {name: number}, beside every evaluation
 

@@ -1,6 +1,7 @@
 """``rayft sample``: events of a checkpoint or of a pretrained model, scored, the best of them chosen, and written.
 
-Every domain is written as .npz; what else there is, its ``formats`` say. Nothing here needs Ray or opens a pickle.
+Every domain is written as .npz; what else there is, and what an .npz has besides, its ``formats`` say. Nothing here
+needs Ray or opens a pickle.
 """
 
 from __future__ import annotations
@@ -130,12 +131,12 @@ def _teller(progress: Progress) -> Tell:
 
 
 def writer(domain: domains.Domain, out: Path) -> Writer | None:
-    """What writes this suffix; None for .npz, which a name without a suffix is too."""
-    suffix = out.suffix.lower()
-    if suffix in ("", OWN):
+    """What writes this suffix; None for .npz, which a name without a suffix is too, where the domain has no own."""
+    suffix = _suffix(out)
+    if suffix not in domain.formats and suffix == OWN:
         return None
     if suffix not in domain.formats:
-        known = ", ".join([*domain.formats, OWN])
+        known = ", ".join(dict.fromkeys([*domain.formats, OWN]))
         raise ValueError(f"{out} ends in {out.suffix}; samples of {type(domain).__name__} are written as {known}")
     return imports.load(domain.formats[suffix])
 
@@ -143,18 +144,24 @@ def writer(domain: domains.Domain, out: Path) -> Writer | None:
 def save(domain: domains.Domain, drawn: Drawn, out: Path, write: Writer | None, whole: bool) -> str:
     """Writes the samples in one piece, and says what was written. Only a choice of those drawn needs their index."""
     guided = f"; {drawn.guided}" if drawn.guided else ""
+    columns = drawn.columns
+    if _suffix(out) == OWN:
+        columns = {name: column for name, column in columns.items() if name != "index" or not whole}
+        columns = {"x_0": drawn.x_0, **{f"context/{k}": v for k, v in drawn.context.items()}, **columns}
     with _in_one_piece(out) as place:
         if write is None:
-            columns = {name: column for name, column in drawn.columns.items() if name != "index" or not whole}
-            columns = {"x_0": drawn.x_0, **{f"context/{k}": v for k, v in drawn.context.items()}, **columns}
             with place.open("wb") as file:  # given a path, numpy would add .npz to it
                 np.savez_compressed(file, allow_pickle=False, **columns)
             return f"{len(drawn)} samples in {out}: {', '.join(columns)}{guided}"
         samples = drawn.samples(domain)
-        written, blank = write(place, samples, drawn.columns), sum(one is None for one in samples)
+        written, blank = write(place, samples, columns), sum(one is None for one in samples)
     shown = f"{written} of {len(drawn)}" if isinstance(written, int) and written < len(drawn) else f"{len(drawn)}"
     lacking = f"; {blank} decode to nothing" if blank else ""
-    return f"{shown} samples in {out}: {', '.join(drawn.columns)}{lacking}{guided}"
+    return f"{shown} samples in {out}: {', '.join(columns)}{lacking}{guided}"
+
+
+def _suffix(out: Path) -> str:
+    return out.suffix.lower() or OWN
 
 
 @contextlib.contextmanager

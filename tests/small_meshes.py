@@ -32,6 +32,16 @@ end_header
 0 1 0
 3 0 1 2
 """
+STL = """solid a
+facet normal 0 0 1
+ outer loop
+  vertex 0 0 0
+  vertex 1 0 0
+  vertex 0 1 0
+ endloop
+endfacet
+endsolid a
+"""
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -67,6 +77,8 @@ BAD = {
     "cut.off": (TETRAHEDRON[:-20], "shorter than its header says: cut off"),
     "cut.ply": (PLY[:-20], "shorter than its header says: cut off"),
     "cut_points.ply": (points_file(50, ".ply")[:-200], "shorter than its header says: cut off"),
+    "cut.stl": (STL[: STL.index("endsolid")], "without its endsolid: cut off"),
+    "cut_second.stl": (STL + STL[:-30], "without its endsolid: cut off"),
     "outside.off": (TETRAHEDRON.replace("3 1 2 3", "3 1 2 4"), "with a face at a vertex that is not there"),
     "outside.ply": (PLY.replace("3 0 1 2", "3 0 1 9"), "with a face at a vertex that is not there"),
     "outside.obj": (SQUARE_OBJ.replace("f 1 2 3 4", "f 1 2 9"), "with a face at a vertex that is not there"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import _every, _result, molecules, table1, table_every
+from benchmarks import _every, _result, molecules, shapes, table1, table_every
 from envs.molecules.domain import Molecules
+from envs.shapes import distances
 from envs.shapes.domain import Shapes
 from rayft.spec import known_algorithms
 from rayft.verdict import Samples
@@ -59,6 +60,19 @@ def test_the_best_of_n_is_chosen_among_samples_of_one_size(monkeypatch):
 def test_a_bank_larger_than_memory_may_be_is_read_in_little(tmp_path: Path):
     told = figures("rgdm", tmp_path, "--only", "bank")
     assert told["bank/size_gb"] > 1 > told["bank/rss_gb"]
+
+
+def test_no_size_of_clouds_pays_for_importing_what_all_of_them_need(monkeypatch):
+    imported = []
+
+    def timed(*_told: object) -> float:
+        imported.append(distances.pot.cache_info().currsize)
+        return 1.0
+
+    monkeypatch.setattr(shapes, "_seconds", timed)
+    distances.pot.cache_clear()
+    assert "emd/power" in shapes.movers(quick=True)
+    assert imported == [1, 1, 1]
 
 
 @pytest.mark.slow

@@ -16,6 +16,9 @@ class Mine(Toy):
     formats = {".txt": "./mine.py:text", ".bad": "./mine.py:bad"}
     decoder = "./mine.py:right"
 
+class Own(Mine):
+    formats = {".npz": "./mine.py:arrays"}
+
 def right(x_0, context):
     return [None if x < -1 else round(float(x), 1) for x in x_0[:, 0]]
 
@@ -24,6 +27,11 @@ def text(path, samples, columns):
     told = [" ".join([str(samples[i]), *(f"{name}={column[i]:g}" for name, column in columns.items())]) for i in kept]
     path.write_text("\\n".join(told))
     return len(kept)
+
+def arrays(path, samples, columns):
+    with path.open("wb") as file:
+        np.savez(file, sample=[np.nan if sample is None else sample for sample in samples], **columns)
+    return sum(sample is not None for sample in samples)
 
 def bad(path, samples, columns):
     path.write_text("half")
@@ -76,11 +84,26 @@ def test_the_top_are_the_highest_scores_once_each_and_never_what_decodes_to_noth
         np.testing.assert_allclose(found["x_0"][:, 0], [float(sample) for sample, _, _ in lines], atol=0.051)
 
 
+@pytest.mark.parametrize("out", ["a.npz", "b"])
+def test_a_domain_may_write_an_npz_of_its_own_with_all_that_the_engines_has(out, mine, tmp_path, capfd):
+    told = ["sample", "./mine.py:Own", "--num", "300", "--num-steps", "10", "--reward", "./mine.py:near"]
+    assert main([*told, "--out", out]) == 0
+    with np.load(out) as found:
+        assert found.files == ["sample", "x_0", "reward"]
+        np.testing.assert_allclose(
+            found["sample"], np.where(found["x_0"][:, 0] < -1, np.nan, found["x_0"][:, 0]), atol=0.051
+        )
+        good = np.isfinite(found["sample"]).sum()
+    said = f"{good} of 300 samples in {out}: x_0, reward; {300 - good} decode to nothing\n"
+    assert capfd.readouterr().out == said
+
+
 @pytest.mark.parametrize(
     ("told", "why"),
     [
         (["toy", "--out", "x.sdf"], "x.sdf ends in .sdf; samples of Toy are written as .npz"),
         (["./mine.py:Mine", "--out", "x.csv"], "samples of Mine are written as .txt, .bad, .npz"),
+        (["./mine.py:Own", "--out", "x.csv"], "samples of Own are written as .npz"),
         (["./mine.py:Mine", "--out", "x.bad"], "the pen broke; buy another"),
         (["toy", "--top", "3"], "--top takes the highest scores: add --score, or --reward NAME"),
         (

@@ -13,8 +13,8 @@ from envs.shapes.classifier import GRID, NETWORKS, Classifier, load, occupancy, 
 from envs.shapes.data import normalised, split
 from envs.shapes.generated import generated
 from envs.shapes.latent import ROWS
-from envs.shapes.recognise import Recipe, best_temperature, folds, measured, tensors, train
-from envs.shapes.reward import WORST, LogProbability, Margin
+from envs.shapes.recognise import TEMPERATURES, Recipe, best_temperature, folds, measured, tensors, train
+from envs.shapes.reward import FOLDER, SHIPPED, WORST, LogProbability, Margin
 
 QUICK = Recipe(epochs=6, batch_size=16, points=128, lr=3e-3)
 
@@ -153,6 +153,16 @@ def test_the_temperature_makes_overconfident_answers_honest():
     logits = torch.randn(4000, 3, generator=generator)
     label = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
     assert best_temperature(4 * logits, label) == pytest.approx(4, rel=0.1)
+    assert best_temperature(4 * logits, logits.argmax(1)) == TEMPERATURES[0]  # no error, no best one
+
+
+def test_a_card_says_when_its_temperature_is_a_bound(monkeypatch, shapes):
+    monkeypatch.setattr(recognise, "train", lambda *told: Classifier("pointnet", shapes.classes).eval())
+    for temperature, bounded in ((TEMPERATURES[0], True), (TEMPERATURES[1], False), (TEMPERATURES[-1], True)):
+        monkeypatch.setattr(recognise, "best_temperature", lambda *told, found=temperature: found)
+        assert recognise.card(shapes, "pointnet", QUICK, 64, 0)[1]["temperature_bounded"] is bounded
+    for card in (json.loads((FOLDER / file).with_suffix(".json").read_text()) for file in SHIPPED.values()):
+        assert card["temperature_bounded"] is (card["temperature"] in (TEMPERATURES[0], TEMPERATURES[-1]))
 
 
 def test_the_command_writes_a_classifier_and_its_card(tmp_path, monkeypatch, shapes):
@@ -169,3 +179,42 @@ def test_the_command_writes_a_classifier_and_its_card(tmp_path, monkeypatch, sha
 def test_data_that_are_not_there_are_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="recognise: "):
         recognise.main([str(tmp_path / "x.safetensors"), "--data", str(tmp_path / "no.npz")])
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (["x.safetensors", "--epochs", "0"], "epochs is 0; give at least 1"),
+        (["x.safetensors", "--points", "0"], "points is 0; give 1 to 256"),
+        (["x.safetensors", "--points", "99999"], "points is 99999; give 1 to 256"),
+        (["x.json"], r"OUT is .*x\.json; give FILE\.safetensors, beside which its card is written as FILE\.json"),
+        (["file/x.safetensors"], r"cannot write .*file/x\.safetensors: .*; give another OUT"),
+        (["folder.safetensors"], r"cannot write .*folder\.safetensors: Is a directory"),
+        (["card.safetensors"], r"cannot write .*card\.safetensors: Is a directory"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_training_and_leaves_nothing(told, why, tmp_path, monkeypatch, shapes):
+    monkeypatch.setattr(recognise, "read", lambda *told: shapes)
+    monkeypatch.setattr(recognise, "train", None)  # not called
+    (tmp_path / "file").touch()
+    for folder in ("folder.safetensors", "card.json"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=f"recognise: {why}"):
+        recognise.main([str(tmp_path / told[0]), *told[1:]])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_few_shapes_are_refused_and_one_alone_in_its_class_is_named(tmp_path, caplog, shapes):
+    def command(*rows: int) -> list[str]:
+        kinds = np.array(shapes.classes)[shapes.label[list(rows)]]
+        np.savez(tmp_path / "few.npz", points=shapes.points[list(rows)], category=kinds)
+        return [str(tmp_path / "x.safetensors"), "--data", str(tmp_path / "few.npz"), "--epochs", "1"]
+
+    for rows, said in (((0,), "1 shape"), ((0, 1, 2), "3 shapes"), ((0, 40), "2 shapes")):
+        with pytest.raises(SystemExit, match=rf"recognise: there is nothing to tell apart in {said} of "):
+            recognise.main(command(*rows))
+    caplog.clear()
+    recognise.main(command(0, 1, 40))
+    assert "1 alone in a class, of which nothing is held out (helicopter)" in caplog.text
+    assert json.loads((tmp_path / "x.json").read_text())["folds"]["num"] == 3

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from envs.shapes.formats import read
+
 FEW = ["domain.num_points=32", "pretrain.steps=3", "pretrain.batch_size=8", "pretrain.compile=false"]
 SMALL = ["domain.num_points=32", "iterations=1", "training.chains=64", "training.bank_pairs=64"]
 SMALL += ["training.minibatch_size=32", "evaluate.chains=16", "evaluate.pretrained_chains=16", "chain.num_steps=10"]
@@ -34,4 +36,7 @@ def test_meshes_become_a_model_a_fine_tuned_one_pictures_and_files(tmp_path):
     header = (tmp_path / "out.ply").read_bytes().partition(b"end_header")[0].decode()
     assert "element vertex 192" in header
     run("rayft.cli", "sample", "runs/tuned", "--num", "6", "--out", "out.npz", cwd=tmp_path)
-    assert np.load(tmp_path / "out.npz")["x_0"].shape == (6, 8 + 32, 3)
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["x_0"].shape == (6, 8 + 32, 3)
+        np.testing.assert_array_equal(found["points"], found["x_0"][:, 8:])
+    assert len(read(tmp_path / "out.npz", 32)) == 6

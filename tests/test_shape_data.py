@@ -1,11 +1,11 @@
-"""Shapes as arrays: taken, chosen, normalised, thinned and split."""
+"""Shapes as arrays: taken, chosen, normalised, fitted and split."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from envs.shapes.data import Shapes, Skipped, collate, fitted, normalised, split, thinned
+from envs.shapes.data import Shapes, Skipped, collate, fitted, normalised, split
 
 KINDS = [("aircraft", "Helicopter"), ("aircraft", "Jet"), ("vehicle", "Bus"), ("", "Cup")]
 
@@ -99,18 +99,6 @@ def test_a_cloud_in_one_place_is_refused_by_number():
     points[1] = [5, 5, 5]
     with pytest.raises(ValueError, match="cloud 1 has all its points in one place"):
         normalised(points)
-
-
-def test_thinned_clouds_are_some_of_the_points_and_none_twice():
-    points = np.random.default_rng(0).random((4, 50, 3))
-    found = thinned(points, 20, np.random.default_rng(0))
-    assert found.shape == (4, 20, 3)
-    for cloud, whole in zip(found, points, strict=True):
-        assert len(np.unique(cloud, axis=0)) == 20 and {*map(tuple, cloud)} <= {*map(tuple, whole)}
-    assert np.array_equal(thinned(points, 20, np.random.default_rng(0)), found)
-    for n in (0, 51):
-        with pytest.raises(ValueError, match=f"the clouds have 50 points and n is {n}; give 1 to 50"):
-            thinned(points, n, np.random.default_rng(0))
 
 
 def test_a_fitted_cloud_has_all_its_points_before_any_comes_twice():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tarfile
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,6 +93,9 @@ def test_classes_may_be_words(name, tmp_path):
         ({"label": np.zeros(4, int)}, r"has 5 clouds and label has shape \(4,\); give one per cloud"),
         ({"label": np.full(5, 3)}, "has label or class_group that do not fit its 3 classes"),
         ({"classes": None}, "does not say of what class its clouds are"),
+        ({"classes": np.array("Jet")}, r"has classes of shape \(\); give a name for each class"),
+        ({"classes": np.array([["Jet", "Bus", "Cup"]])}, r"has classes of shape \(1, 3\); give a name for each class"),
+        ({"class_group": np.array("air")}, "has label or class_group that do not fit its 3 classes"),
         ({"name": np.array([{}] * 5)}, "is no whole .npz of plain arrays"),
     ],
 )
@@ -98,6 +103,29 @@ def test_an_npz_that_is_something_else_is_refused(change, message, tmp_path):
     arrays = {name: array for name, array in (labelled() | change).items() if array is not None}
     with pytest.raises(ValueError, match=message):
         formats.read(saved(tmp_path / "a.npz", **arrays))
+
+
+def damaged(path: Path, how: str) -> None:
+    """An .npz with points that numpy cannot read."""
+    whole = saved(path, **labelled()).read_bytes()
+    if how == "array":
+        with path.open("wb") as file:
+            np.save(file, clouds(2))
+    elif how in ("method", "flag"):  # of each entry: an unknown compression, or encrypted
+        entry, told = (
+            (rb"(PK\x01\x02.{6})..", b"\x63\x00") if how == "method" else (rb"(PK\x01\x02.{4})..", b"\x01\x00")
+        )
+        path.write_bytes(re.sub(entry, lambda found: found[1] + told, whole, flags=re.DOTALL))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("points.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4', ")
+
+
+@pytest.mark.parametrize("how", ["array", "method", "flag", "header"])
+def test_an_npz_that_is_damaged_is_said_to_be(how, tmp_path):
+    damaged(tmp_path / "a.npz", how)
+    with pytest.raises(ValueError, match=r"a\.npz is no whole \.npz of plain arrays .*; get it or write it again"):
+        formats.read(tmp_path / "a.npz")
 
 
 def test_bad_clouds_are_left_out_and_counted_in_one_sentence(tmp_path, caplog):
@@ -109,6 +137,7 @@ def test_bad_clouds_are_left_out_and_counted_in_one_sentence(tmp_path, caplog):
     assert found.classes == ("Jet", "Cup") and found.name.tolist() == ["j0", "c0", "j1"]
     (record,) = caplog.records
     told = "2 of 5 shapes skipped: 1 with NaN or infinite points (b0), 1 with all points in one place (b1)"
+    told += "; used all the same: 1 alone in a class, of which nothing is held out (vessel/Cup)"
     assert record.message == f"{path}: {told}"
     with pytest.raises(ValueError, match=r"no shape in .* can be used: 2 of 2 shapes skipped: 1 with NaN"):
         formats.read(path, classes=["Bus"])
@@ -163,6 +192,11 @@ def test_an_hdf5_that_is_something_else_is_refused(shapenet, tmp_path):
         file["02691156/train"] = clouds(2)[:, :, :2]
     with pytest.raises(ValueError, match=r"has \(2, 50, 2\) of float32 in 02691156/train; it needs groups"):
         formats.read(tmp_path / "a.h5")
+    for kind, part in (("Group", "train/clouds"), ("Datatype", "train")):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file[f"02691156/{part}"] = clouds(2) if kind == "Group" else np.dtype("f4")
+        with pytest.raises(ValueError, match=f"has a {kind} in 02691156/train; it needs groups"):
+            formats.read(tmp_path / "a.h5")
     for content in (b"no hdf5", shapenet.read_bytes()[:3000]):
         (tmp_path / "b.hdf5").write_bytes(content)
         with pytest.raises(ValueError, match="is cut off, damaged or no HDF5 file"):

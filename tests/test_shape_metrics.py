@@ -14,7 +14,7 @@ import pytest
 
 from envs.shapes import metrics
 from envs.shapes.distances import pairwise_chamfer, pairwise_emd
-from envs.shapes.metrics import boxed, compare, hit_rate, jsd, mmd_cov, numbers, one_nn_accuracy
+from envs.shapes.metrics import boxed, compare, jsd, mmd_cov, numbers, one_nn_accuracy
 
 GOLDEN = Path(__file__).parent / "golden" / "point_clouds_metrics.npz"
 
@@ -87,13 +87,6 @@ def test_one_nn_tells_a_half_of_two_draws_alike_and_all_of_sets_apart():
     assert one_nn_accuracy(ss, cross[0], rr) == pytest.approx(0.5, abs=0.15)
     assert one_nn_accuracy(ss, cross[1], rr) == 1.0
     assert one_nn_accuracy(ss, ss, ss) == 0.0  # copies
-
-
-def test_hits_are_counted_with_what_is_no_shape_as_a_miss():
-    assert hit_rate(["jet", "helicopter", None, "jet"], "jet") == 0.5
-    assert hit_rate(np.array([3, 3, 1]), 3) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="no labels"):
-        hit_rate([], "jet")
 
 
 # -- all of it

@@ -13,6 +13,7 @@ from test_report import ALPHA, HOSTILE, Page, make_run
 from test_shape_splat import pixels, plane
 
 from envs.shapes import render
+from envs.shapes.domain import Shapes
 from envs.toy.domain import Toy
 from rayft import report
 from rayft.domain import Panel
@@ -105,12 +106,14 @@ def test_the_clouds_to_turn_are_the_best_of_each_model_in_its_colour(told):
     assert scenes[0]["layout"]["scene"]["camera"]["up"] == {"x": 0, "y": 0, "z": 1}
 
 
-def test_the_upright_axis_can_be_chosen(panels):
+def test_the_upright_axis_is_y_in_shapenets_files(panels):
     some = {"pretrained": panel(1)}
     found = render.sections(some, up="y")
     assert found["Shapes"] != render.sections(some)["Shapes"]
     (scene,) = Tree(found["Shapes in three dimensions"]).figures
     assert scene["layout"]["scene"]["camera"]["up"] == {"x": 0, "y": 1, "z": 0}
+    assert Shapes(data="shapenet.HDF5").page(some) == found
+    assert Shapes(data="shapenet.npz").page(some) == Shapes().page(some) == render.sections(some)
 
 
 def test_two_models_of_noisy_clouds_stay_within_the_bound_of_a_page():
@@ -165,38 +168,3 @@ def test_the_report_of_a_run_shows_its_shapes_and_tells_their_numbers(tmp_path):
         assert path.read_text("utf-8").count(f"<h2>{title}</h2>") == 1
     assert "metric: diversity of the domain" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 30
-
-
-# -- a picture by itself
-
-
-def test_a_sheet_has_a_cloud_in_every_place_but_where_there_is_none(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    path = tmp_path / "sheet.png"
-    clouds = [[plane(), None, plane(seed=1)], [plane(seed=2), plane(seed=3)]]
-    render.picture(clouds, path, ["RGDM", "DDPO <b>"], ["a", "b", "c"], size=(100, 80), ramps=["run", "before"])
-    found = np.asarray(image.open(path))
-    assert found.shape == (render.TITLE + 2 * 80, render.BESIDE + 3 * 100, 3)
-    inked = (found < 250).any(-1)
-    cells = inked[render.TITLE :, render.BESIDE :].reshape(2, 80, 3, 100).mean((1, 3))
-    assert (cells > 0.05).tolist() == [[True, False, True], [True, True, False]]
-    assert not cells[0, 1] and not cells[1, 2]
-    assert inked[: render.TITLE].any() and inked[:, : render.BESIDE].any()
-    blue = found[render.TITLE : render.TITLE + 80][..., 2].astype(int) - found[render.TITLE : render.TITLE + 80][..., 0]
-    grey = found[render.TITLE + 80 :, render.BESIDE :].astype(int)
-    assert blue.max() > 80 and np.ptp(grey, axis=-1).max() < 40
-
-
-def test_a_sheet_is_the_same_every_time_and_says_what_it_lacks(tmp_path):
-    pytest.importorskip("PIL.Image")
-    for name in ("a.png", "b.png"):
-        render.picture([[plane()]], tmp_path / name, size=(60, 40))
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    for clouds, rows, columns, sentence in (
-        ([], (), (), "there is no cloud"),
-        ([[plane()]], ("a", "b"), (), "2 titles for 1 rows"),
-        ([[plane()]], (), ("a", "b"), "2 titles for 1 columns"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            render.picture(clouds, tmp_path / "c.png", rows, columns)
-    assert not (tmp_path / "c.png").exists()

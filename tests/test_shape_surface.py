@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_meshes import BAD, PLY, SQUARE_OBJ, TETRAHEDRON, points_file, put
+from small_meshes import BAD, PLY, SQUARE_OBJ, STL, TETRAHEDRON, points_file, put
 
 from envs.shapes.surface import UnusableError, sample
 
@@ -54,8 +55,9 @@ def test_a_cube_is_covered_evenly_whatever_its_format_and_winding(tmp_path):
         TETRAHEDRON.replace("\n", "\r\n"),
         TETRAHEDRON.replace("3 1 2 3", "3 1 2 3 0.5 0.5 0.5"),
         TETRAHEDRON.rstrip(),
+        "\ufeff" + TETRAHEDRON,
     ],
-    ids=["ModelNet", "comments", "colours", "CRLF", "face colours", "no newline"],
+    ids=["ModelNet", "comments", "colours", "CRLF", "face colours", "no newline", "BOM"],
 )
 def test_headers_and_colours_make_no_difference(text, tmp_path):
     expected = drawn(put(tmp_path / "a.off", TETRAHEDRON))
@@ -67,6 +69,7 @@ def test_large_faces_are_cut_into_triangles(tmp_path):
         "a.off": "OFF\n4 1 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n4 0 1 2 3\n",
         "a.obj": SQUARE_OBJ,
         "b.obj": "o a # b\nvt 0 0\nvn 0 0 1\n" + SQUARE_OBJ.replace("f 1 2 3 4", "s 1\nf -4/1/1 2//1 \\\n3/1 -1 # all"),
+        "c.obj": "\ufeff" + SQUARE_OBJ,
         "a.ply": PLY.replace("vertex 3", "vertex 4").replace("3 0 1 2", "1 1 0\n4 0 1 3 2"),
     }
     for name, text in texts.items():
@@ -99,6 +102,14 @@ def test_what_is_not_manifold_is_used_and_told(tmp_path):
     points, notes = sample(str(put(tmp_path / "a.off", fan)), 100, 0, 1)
     assert points.shape == (100, 3) and notes == ["not manifold"]
     assert sample(str(put(tmp_path / "b.off", TETRAHEDRON)), 100, 0, 1)[1] == []
+
+
+def test_an_stl_is_whole_as_text_of_two_solids_and_as_numbers_that_begin_with_the_word(tmp_path):
+    corners = struct.pack("<12fH", 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0)
+    binary = b"solid a".ljust(80) + struct.pack("<I", 1) + corners
+    for name, content in {"one": STL, "two": STL + STL.replace("1 0 0", "2 0 0") + "; end\n", "binary": binary}.items():
+        cloud = drawn(put(tmp_path / f"{name}.stl", content))
+        assert np.ptp(cloud[:, 0]) == pytest.approx(2 if name == "two" else 1, abs=0.2)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,4 +1,4 @@
-"""Shapes as files: what is written is read again by Open3D, and is the same."""
+"""Shapes as files: what is written is read again, by Open3D or by formats, and is the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from envs.shapes import write
+from envs.shapes import formats, write
 
 WRITERS = {".ply": write.ply, ".obj": write.obj, ".zip": write.archive}
 
@@ -130,6 +130,23 @@ def test_an_archive_has_each_shape_in_a_file_where_the_model_made_it(made, tmp_p
     before = path.read_bytes()
     write.archive(path, *made)
     assert path.read_bytes() == before
+
+
+def test_an_npz_is_read_back_as_shapes_without_those_that_are_none(made, tmp_path):
+    samples = [None if one is None else one[:30] for one in made[0]]
+    columns = {"x_0": np.zeros((5, 38, 3), np.float32), **made[1]}
+    assert write.npz(tmp_path / "all.npz", samples, columns) == 4
+    with np.load(tmp_path / "all.npz") as found:
+        assert found["points"].shape == (5, 30, 3)
+        assert np.isnan(found["points"]).all((1, 2)).tolist() == [False, False, True, False, False]
+        for name, column in columns.items():
+            np.testing.assert_array_equal(found[name], column)
+    shapes, skipped = formats.read_counted(tmp_path / "all.npz", 30)
+    assert shapes.name.tolist() == ["sample_0007", "sample_0003", "sample_0011", "sample_0000"]
+    assert skipped.left_out == {"with NaN or infinite points": ["sample_0005"]}
+    np.testing.assert_array_equal(shapes.points, [one for one in samples if one is not None])
+    assert write.npz(tmp_path / "none.npz", [None, None], {"reward": np.zeros(2)}) == 0
+    assert np.load(tmp_path / "none.npz")["points"].shape == (2, 0, 3)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,14 @@ def test_of_what_is_generated_the_aircraft_are_meant_and_of_files_all_shapes(tmp
     np.savez(tmp_path / "mine.npz", points=vehicles.points[:40], category=kinds[:40], name=names[:40])
     own = Shapes(weights=None, data=str(tmp_path / "mine.npz")).shapes
     assert sum(len(part) for part in own.table.values()) == 40
+
+
+@pytest.mark.parametrize("domain", [Shapes, ConditionalShapes])
+def test_weights_that_are_not_there_are_said_to_be_made_and_named(domain, tmp_path):
+    training = domain.training
+    remedy = f"with `rayft pretrain {training}`, then domain.weights=runs/{training}/weights.safetensors"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        domain(weights=str(tmp_path / "none.safetensors")).denoiser()
 
 
 def test_a_label_that_is_none_is_refused():

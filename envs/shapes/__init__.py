@@ -1,1 +1,1 @@
-"""A mixture of Gaussians in the plane: everything about it is known, so it can hold the engine to account."""
+"""Shapes. Point clouds of any source, a diffusion model of them, rewards by class and by geometry, metrics, files."""

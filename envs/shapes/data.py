@@ -170,18 +170,6 @@ def normalised(points: np.ndarray) -> np.ndarray:
     return found.reshape(points.shape)
 
 
-def thinned(points: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n random points of each cloud of [shape, points, 3], none of them twice."""
-    if not 1 <= n <= points.shape[1]:
-        raise ValueError(f"the clouds have {points.shape[1]} points and n is {n}; give 1 to {points.shape[1]}")
-    if n == points.shape[1]:
-        return points
-    found = np.empty((len(points), n, 3), points.dtype)
-    for place, cloud in enumerate(points):
-        found[place] = cloud[rng.permutation(len(cloud))[:n]]
-    return found
-
-
 def fitted(cloud: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """A cloud [points, 3] with exactly n points: some of them, or all of them and random ones once more."""
     if len(cloud) == n:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from envs.shapes.critic import CloudCritic
 from envs.shapes.latent import ROWS, fit
 from envs.shapes.model import ShapeDenoiser
-from envs.shapes.source import STORED_POINTS, Source, open_source
+from envs.shapes.source import STORED_POINTS, Source, open_source, upright
 from rayft.domain import Denoiser, Domain, Panel, load_weights
 from rayft.schedule import Schedule, linear
 from rayft.space import Context
@@ -49,6 +49,7 @@ class Shapes(Domain):
         ".ply": "envs.shapes.write:ply",
         ".obj": "envs.shapes.write:obj",
         ".zip": "envs.shapes.write:archive",
+        ".npz": "envs.shapes.write:npz",
     }
     metrics = "envs.shapes.metrics:numbers"
     training = "shapes_pretrain"  # the config that makes its weights
@@ -85,7 +86,7 @@ class Shapes(Domain):
     def page(self, panels: Mapping[str, Panel]) -> dict[str, str]:
         from envs.shapes.render import sections
 
-        return sections(panels)
+        return sections(panels, upright(self.source))
 
     @property
     def shapes(self) -> Source:
@@ -100,7 +101,8 @@ class Shapes(Domain):
         elif Path(self.weights).is_file():
             load_weights(net, Path(self.weights))
         else:
-            raise ValueError(f"there are no weights in {self.weights}: make them with `rayft pretrain {self.training}`")
+            remedy = f"`rayft pretrain {self.training}`, then domain.weights=runs/{self.training}/weights.safetensors"
+            raise ValueError(f"there are no weights in {self.weights}: make them with {remedy}")
         return net
 
     @cached_property

@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,9 @@ from envs.shapes.meshes import listed, sampled
 
 ALLOWED = "'generated', a folder of meshes, an .npz, or ShapeNet's .h5 or .hdf5"
 PARTS = ("train", "val", "test")
+HDF5 = (".h5", ".hdf5")
+ARRAYS = ("points", "label", "classes", "class_group", "category", "group", "name", "rot24", "rotations")  # of an npz
+ALONE = "alone in a class, of which nothing is held out"
 Kind = tuple[str, str]  # group, class
 SHAPENET = """
 02691156 airplane  02747177 bin  02773838 bag  02801938 basket  02808440 bathtub  02818832 bed  02828884 bench
@@ -59,7 +60,7 @@ def read(
 def read_counted(
     source: str | Path, num_points: int = 2048, group: str | None = None, classes: Sequence[str] | None = None
 ) -> tuple[Shapes, Skipped]:
-    """``read``, and what was left out."""
+    """``read``, and what was left out; of a class with a single shape its name is noted."""
     if not isinstance(num_points, int) or num_points < 1:
         raise ValueError(f"num_points is {num_points!r}; give a whole number of at least 1")
     path = Path(source).expanduser()
@@ -71,13 +72,15 @@ def read_counted(
         raise ValueError(f"there is no {path}; give {ALLOWED}")
     elif path.suffix.lower() == ".npz":
         shapes, skipped = npz(path, num_points, group, classes)
-    elif path.suffix.lower() in (".h5", ".hdf5"):
+    elif path.suffix.lower() in HDF5:
         shapes, skipped = hdf5(path, num_points, group, classes)
     else:
         raise ValueError(f"{path} has a name that says no format; give {ALLOWED}")
     if not len(shapes):
         told = skipped.sentence(skipped.total, "shapes") or "it holds none"
         raise ValueError(f"no shape in {source} can be used: {told}; give one with others")
+    for place in np.flatnonzero(np.bincount(shapes.label) == 1).tolist():
+        skipped.note(ALONE, shapes.full_names[place])
     return shapes, skipped
 
 
@@ -123,8 +126,8 @@ def npz(
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: archive[name] for name in ARRAYS if name in archive.files}
+    except Exception as error:  # a damaged file fails in many ways, a .npy of this name is no archive
         raise ValueError(f"{path} is no whole .npz of plain arrays ({error}); get it or write it again") from None
     points = arrays.get("points")
     if points is None or points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind not in "fiu":
@@ -157,12 +160,14 @@ def _labelled(path: Path, arrays: dict[str, Any]) -> tuple[list[Kind], list[Kind
     """The (group, class) of each cloud, and of each class in their order."""
     label, classes = arrays.get("label"), arrays.get("classes")
     if label is not None and classes is not None and label.dtype.kind in "iu":
-        groups = arrays.get("class_group", np.full(len(classes), "")).astype(str).tolist()
-        if len(groups) != len(classes) or (len(label) and not 0 <= label.min() <= label.max() < len(classes)):
+        if classes.ndim != 1:
+            raise ValueError(f"{path} has classes of shape {classes.shape}; give a name for each class")
+        owners = arrays.get("class_group", np.full(len(classes), ""))
+        if owners.shape != classes.shape or (len(label) and not 0 <= label.min() <= label.max() < len(classes)):
             raise ValueError(
                 f"{path} has label or class_group that do not fit its {len(classes)} classes; correct them"
             )
-        order = list(zip(groups, classes.astype(str).tolist(), strict=True))
+        order = list(zip(owners.astype(str).tolist(), classes.astype(str).tolist(), strict=True))
         return [order[place] for place in label.tolist()], order
     words = arrays.get("category", label)
     if words is None or words.dtype.kind not in "US":
@@ -200,12 +205,14 @@ def hdf5(
             for synset, kind in ((synsets[place], order[place]) for place in picked):
                 content: Any = file[synset]
                 for part in (part for part in PARTS if part in content):
+                    if not isinstance(content[part], h5py.Dataset):
+                        raise ValueError(f"{path} has a {type(content[part]).__name__} in {synset}/{part}; {expected}")
                     clouds = np.asarray(content[part][()])
                     if clouds.ndim != 3 or clouds.shape[2] != 3 or clouds.dtype.kind not in "fiu":
                         raise ValueError(f"{path} has {clouds.shape} of {clouds.dtype} in {synset}/{part}; {expected}")
                     names = [f"{synset}/{part}/{row:05d}" for row in range(len(clouds))]
                     found.append((clouds, [kind] * len(names), names))
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is cut off, damaged or no HDF5 file ({error}); get it again") from None
     return _usable(found, num_points, [order[place] for place in picked])
 

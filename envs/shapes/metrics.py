@@ -136,13 +136,6 @@ def jsd(samples: Clouds, references: Clouds, resolution: int = RESOLUTION, half:
     return _divergence(*(_nodes(some, resolution, half) for some in both))
 
 
-def hit_rate(labels: Sequence[Any], wanted: Any) -> float:
-    """The share of samples that a classifier takes for ``wanted``; None, which is no shape, is a miss."""
-    if not len(labels):
-        raise ValueError("there are no labels; give one for each sample, None where it is no shape")
-    return sum(label is not None and label == wanted for label in labels) / len(labels)
-
-
 # -- beside every evaluation
 
 

@@ -3,7 +3,8 @@
     python -m envs.shapes.recognise FILE.safetensors --network pointnet --data generated --group aircraft
 
 Five folds over all shapes give every shape an answer by a network that was not shown it: accuracy, confusion matrix,
-and the temperature that makes the answers' probabilities honest. The network that is kept knows the training split.
+and the temperature that makes the answers' probabilities honest, as far as their errors can tell. The network that is
+kept knows the training split.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,10 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 from envs.shapes.classifier import NETWORKS, Classifier, standard
 from envs.shapes.data import Shapes, normalised, split
 from envs.shapes.formats import read
-from envs.shapes.source import group_of
+from envs.shapes.source import STORED_POINTS, group_of
 
 NUM_FOLDS, NUM_BINS = 5, 10
+TEMPERATURES = torch.logspace(-0.3, 1, 131).tolist()  # from 0.5 to 10
 SMOOTHING = 0.05  # of the labels: log p stays within reach of the wrong class
 JITTER, STRETCH, TURN = 0.08, 0.15, 0.17  # deviations, share, radians about the vertical
 
@@ -40,6 +43,10 @@ class Recipe:
     batch_size: int = 32
     points: int = 256
     lr: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}; give at least 1")
 
 
 def train(
@@ -96,9 +103,11 @@ def folds(label: np.ndarray, seed: int) -> np.ndarray:
 
 
 def best_temperature(found: Tensor, label: Tensor) -> float:
-    """The one at which the answers' likelihood is largest; answers without an error do not say how sure they may be."""
-    tried = torch.logspace(-0.3, 1, 131).tolist()
-    return min(tried, key=lambda t: float(cross_entropy(found / t, label)))
+    """Of TEMPERATURES the one at which the answers' likelihood is largest.
+
+    Answers without an error are likelier the lower it is, and it ends at the lowest: a bound of ours, no finding.
+    """
+    return min(TEMPERATURES, key=lambda t: float(cross_entropy(found / t, label)))
 
 
 def measured(found: Tensor, label: Tensor, num_classes: int) -> dict[str, Any]:
@@ -123,10 +132,17 @@ def measured(found: Tensor, label: Tensor, num_classes: int) -> dict[str, Any]:
 def card(shapes: Shapes, network: str, recipe: Recipe, num_points: int, seed: int) -> tuple[Classifier, dict[str, Any]]:
     """The classifier of the training split, and its card."""
     start, classes = time.monotonic(), shapes.classes
+    if not 1 <= num_points <= shapes.points.shape[1]:
+        raise ValueError(f"points is {num_points}; give 1 to {shapes.points.shape[1]}")
+    if len(classes) < 2 or len(shapes) == len(classes):
+        told = f"{len(shapes)} shape{'s' if len(shapes) > 1 else ''} of {', '.join(classes)}"
+        raise ValueError(f"there is nothing to tell apart in {told}; give two classes, and two shapes of one of them")
     clouds, label = tensors(shapes)
     fold, found = torch.from_numpy(folds(shapes.label, seed)), torch.zeros(len(shapes), len(classes))
     for k in range(NUM_FOLDS):
         seen, unseen = fold != k, fold == k
+        if not unseen.any():
+            continue
         net = train(clouds[seen], label[seen], network, classes, recipe, seed + k + 1)
         found[unseen] = logits(net, clouds[unseen], num_points)
         print(f"fold {k + 1} of {NUM_FOLDS}, {time.monotonic() - start:.0f} s", file=sys.stderr)
@@ -135,7 +151,8 @@ def card(shapes: Shapes, network: str, recipe: Recipe, num_points: int, seed: in
     temperature = best_temperature(found, label)
     net.temperature.fill_(temperature)
     told: dict[str, Any] = {"network": network, "classes": list(classes), "num_points": num_points, "seed": seed}
-    told |= {"temperature": temperature, "recipe": vars(recipe), "parameters": sum(p.numel() for p in net.parameters())}
+    told |= {"temperature": temperature, "temperature_bounded": temperature in (TEMPERATURES[0], TEMPERATURES[-1])}
+    told |= {"recipe": vars(recipe), "parameters": sum(p.numel() for p in net.parameters())}
     told["folds"] = measured(found / temperature, label, len(classes))
     told["folds_uncalibrated"] = {k: v for k, v in measured(found, label, len(classes)).items() if k != "confusion"}
     told["test"] = tested(net, parts["test"], num_points)
@@ -155,6 +172,21 @@ def tensors(shapes: Shapes) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(normalised(shapes.points)), torch.from_numpy(shapes.label).long()
 
 
+def usable(out: Path) -> Path:
+    """The file, once it is sure that it and its card can be written: training takes a while."""
+    if out.suffix.lower() != ".safetensors":
+        raise ValueError(f"OUT is {out}; give FILE.safetensors, beside which its card is written as FILE.json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+        for path in (out, out.with_suffix(".json")):
+            if path.exists():
+                path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror or error}; give another OUT") from None
+    return out
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m envs.shapes.recognise", description=(__doc__ or "").splitlines()[0]
@@ -169,16 +201,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args(arguments)
     try:
-        shapes = read(told.data, 2048, group_of(told.data, told.group), told.classes)
-        net, found = card(shapes, told.network, Recipe(told.epochs), told.points, told.seed)
+        out, recipe = usable(told.out), Recipe(told.epochs)
+        shapes = read(told.data, STORED_POINTS, group_of(told.data, told.group), told.classes)
+        net, found = card(shapes, told.network, recipe, told.points, told.seed)
     except ValueError as error:
         sys.exit(f"recognise: {error}")
     found = {"data": told.data if told.data == "generated" else Path(told.data).name, "group": told.group} | found
-    told.out.parent.mkdir(parents=True, exist_ok=True)
-    net.save(told.out)
-    told.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    net.save(out)
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     fold = found["folds"]
-    print(f"{told.out}: {fold['accuracy']:.3f} of shapes it has not seen are told right")
+    print(f"{out}: {fold['accuracy']:.3f} of shapes it has not seen are told right")
 
 
 if __name__ == "__main__":

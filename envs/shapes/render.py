@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +25,6 @@ MOST_POINTS = 2048  # of a cloud to turn around
 SIZES = {"corner": (300, 210), "top": (300, 150)}  # width and height of what a picture of the page shows
 COLOURS = {"pretrained": "before", "fine-tuned": "run"}
 EYES = {"z": (-1.1, -1.2, 0.75), "y": (-1.2, 0.75, -1.1)}
-TITLE, BESIDE = 34, 150  # pixels for the titles of columns and of rows
-PAPER, INK = (255, 255, 255), (27, 33, 41)
 
 
 @dataclass(frozen=True)
@@ -135,52 +131,3 @@ def _figures(told: Sequence[Mapping[str, Any]], height: int) -> str:
     """The element that the page turns into these figures, one at a time."""
     text = html.escape(json.dumps(list(told), separators=(",", ":")))
     return f'<div style="--height:{height}px" data-figures="{text}"></div>'
-
-
-# -- a picture by itself
-
-
-def picture(
-    clouds: Sequence[Sequence[np.ndarray | None]],
-    path: str | Path,
-    rows: Sequence[str] = (),
-    columns: Sequence[str] = (),
-    view: str = "corner",
-    size: tuple[int, int] = (300, 220),
-    up: str = "z",
-    ramps: Sequence[str] = (),
-) -> None:
-    """Writes a PNG of clouds [row][column] with their titles, on white; None leaves a place empty.
-
-    ``ramps`` names a colour of ``splat.RAMPS`` for each row; it is the fine-tuned model's where there is none.
-    """
-    across = max((len(row) for row in clouds), default=0)
-    if not across:
-        raise ValueError("there is no cloud; give at least one row with one")
-    for what, titles, number in (("rows", rows, len(clouds)), ("columns", columns, across)):
-        if titles and len(titles) != number:
-            raise ValueError(f"{len(titles)} titles for {number} {what}; give one for each, or none")
-    (w, h), (left, above) = size, (BESIDE if rows else 0, TITLE if columns else 0)
-    sheet = np.full((above + h * len(clouds), left + w * across, 3), PAPER, np.uint8)
-    for i, row in enumerate(clouds):
-        for j, cloud in enumerate(row):
-            if cloud is not None:
-                shot = splat.draw(cloud, view, w, h, up)
-                ink = splat.coloured(shot.light, ramps[i] if ramps else "run")
-                mixed = np.array(PAPER) + shot.cover[..., None] * (ink - PAPER)
-                sheet[above + i * h : above + (i + 1) * h, left + j * w : left + (j + 1) * w] = mixed.round()
-    places = [(left + (j + 0.5) * w, TITLE / 2, "mm", text) for j, text in enumerate(columns)]
-    places += [(12, above + (i + 0.5) * h, "lm", text) for i, text in enumerate(rows)]
-    _with_titles(sheet, places, Path(path))
-
-
-def _with_titles(sheet: np.ndarray, places: Sequence[tuple[float, float, str, str]], path: Path) -> None:
-    try:
-        image, drawing, fonts = (importlib.import_module(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
-    except ImportError as error:
-        raise ValueError(f"a picture needs Pillow, and {error}; pip install 'rayft[shapes]'") from error
-    made = image.fromarray(sheet)
-    canvas, font = drawing.Draw(made), fonts.load_default(16)
-    for x, y, anchor, text in places:
-        canvas.text((x, y), text, INK, font, anchor)
-    made.save(path, "PNG", optimize=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.shapes.data import Shapes, normalised, split
-from envs.shapes.formats import read
+from envs.shapes.formats import HDF5, read
 from envs.shapes.latent import embedding
 
 STORED_POINTS = 2048  # of each shape, to draw an event's from
@@ -45,6 +45,11 @@ class Source:
 def group_of(source: str, group: str | None) -> str | None:
     """The group that is meant where none may be named."""
     return GENERATED if group is None and source == "generated" else group
+
+
+def upright(source: str) -> str:
+    """The axis that stands upright: y in ShapeNet's HDF5; elsewhere z, as in what is generated and in ModelNet."""
+    return "y" if Path(source).suffix.lower() in HDF5 else "z"
 
 
 def open_source(source: str, group: str | None, classes: Sequence[str] | None) -> Source:

@@ -4,8 +4,8 @@ points on a triangle ~ num_points * its area / area of the mesh
 
 Which way round a triangle is wound does not matter to that, nor do holes and edges of three faces. A file without faces
 is a point cloud, a face of more than three corners a fan of triangles. Open3D is silent about files that are cut off,
-fills in what memory held, and loses the quads of an .obj: so .off and .obj are read here, and .ply is held against its
-header. An .obj says nowhere how long it is: one that is cut off is a smaller mesh.
+fills in what memory held, and loses the quads of an .obj: so .off and .obj are read here, .ply is held against its
+header, and a text .stl has to end. An .obj says nowhere how long it is: one that is cut off is a smaller mesh.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -104,6 +105,8 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
     o3d = open3d()
     if path.lower().endswith(".xyz"):
         return np.asarray(o3d.io.read_point_cloud(path).points), NO_FACES
+    if path.lower().endswith(".stl"):
+        _ended(path)
     num_faces = _faces_of_ply(path) if path.lower().endswith(".ply") else 0
     mesh = o3d.io.read_triangle_mesh(path)
     vertices, triangles = np.asarray(mesh.vertices), np.asarray(mesh.triangles)
@@ -120,7 +123,7 @@ def _checked(triangles: np.ndarray, num_vertices: int) -> np.ndarray:
 
 def _off(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and triangles. ModelNet writes 'OFF490 518 0' in one line."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = [line for line in (line.partition("#")[0].strip() for line in file) if line]
     if not lines:
         return np.empty((0, 3)), NO_FACES
@@ -144,7 +147,7 @@ def _off(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _obj(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and triangles of all objects in the file. A corner is vertex/texture/normal; -1 is the last vertex."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         content = file.read()
     lines = [line.partition("#")[0].strip() for line in content.replace("\\\n", " ").splitlines()]
     vertices = [line[1:] for line in lines if line[:2] in ("v ", "v\t")]
@@ -205,6 +208,18 @@ def _faces_of_ply(path: str) -> int:
     if rest < shortest if ascii_rows is None else ascii_rows < rows:
         raise UnusableError(CUT)
     return num_faces
+
+
+def _ended(path: str) -> None:
+    """Refuses a text .stl with a ``solid`` that has no ``endsolid``. A binary one may begin with the word too."""
+    with open(path, "rb") as file:
+        head = file.read(84)
+    if os.stat(path).st_size == 84 + 50 * int.from_bytes(head[80:], "little") or b"solid" not in head[:10]:
+        return
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        words = Counter(word.lower() for line in file for word in line.split(None, 1)[:1])
+    if words["solid"] > words["endsolid"]:
+        raise UnusableError("without its endsolid: cut off")
 
 
 def _until(lines: Iterable[bytes], last: bytes) -> Iterator[bytes]:

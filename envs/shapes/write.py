@@ -1,11 +1,12 @@
-"""Generated shapes as files: ``.ply`` with scores on every point, ``.obj`` with an object each, ``.zip`` of PLYs.
+"""Generated shapes as files: ``.ply`` with scores on every point, ``.obj`` with an object each, ``.zip``, ``.npz``.
 
 write(path, samples, columns) -> how many it wrote,    samples[i] = [n, 3] or None,    columns[name][i] = its number
 
 A PLY or OBJ is one file that MeshLab or Blender opens to show all samples at once: one lies where the model made it,
 several lie in rows on the floor, in the order in which they are given: with --top, the best come first. PLY says of
 each point its ``sample`` and scores, to filter and colour by; OBJ's objects can be picked by name. To work on shapes
-one by one there is ``.zip``: each in its own file, where the model made it.
+one by one there is ``.zip``, of a PLY each, and ``.npz``, which ``formats.read`` takes; there all are where the model
+made them.
 """
 
 from __future__ import annotations
@@ -55,6 +56,19 @@ def archive(path: Path, samples: Sequence[Any], columns: Columns) -> int:
             _ply(made, samples, columns, [row], np.zeros((1, 3)))
             entry = zipfile.ZipInfo(f"{_name(columns, row)}.ply", LONG_AGO)
             bundle.writestr(entry, made.getvalue(), zipfile.ZIP_DEFLATED)
+    return len(rows)
+
+
+def npz(path: Path, samples: Sequence[Any], columns: Columns) -> int:
+    """points [N, n, 3], NaN where a sample is None; name and category [N], one for all; the columns as they are."""
+    rows = _present(samples)
+    points = np.full((len(samples), len(samples[rows[0]]) if rows else 0, 3), np.nan, np.float32)
+    for row in rows:
+        points[row] = samples[row]
+    name = np.array([_name(columns, row) for row in range(len(samples))], dtype=str)
+    with path.open("wb") as file:  # given a path, numpy would add .npz to it
+        told = {"points": points, "name": name, "category": np.full(len(samples), "sample"), **columns}
+        np.savez_compressed(file, allow_pickle=False, **told)
     return len(rows)
 
 
