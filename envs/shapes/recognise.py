@@ -135,8 +135,8 @@ def card(shapes: Shapes, network: str, recipe: Recipe, num_points: int, seed: in
     if not 1 <= num_points <= shapes.points.shape[1]:
         raise ValueError(f"points is {num_points}; give 1 to {shapes.points.shape[1]}")
     if len(classes) < 2 or len(shapes) == len(classes):
-        told = f"{len(shapes)} shape{'s' if len(shapes) > 1 else ''} of {', '.join(classes)}"
-        raise ValueError(f"there is nothing to tell apart in {told}; give two classes, and two shapes of one of them")
+        what = f"{len(shapes)} shape{'s' if len(shapes) > 1 else ''} of {', '.join(classes)}"
+        raise ValueError(f"there is nothing to tell apart in {what}; give two classes, and two shapes of one of them")
     clouds, label = tensors(shapes)
     fold, found = torch.from_numpy(folds(shapes.label, seed)), torch.zeros(len(shapes), len(classes))
     for k in range(NUM_FOLDS):
