@@ -19,6 +19,7 @@ from torch import Tensor
 from rayft import reward
 from rayft.algorithms.base import DiffusionRL, spoken
 from rayft.algorithms.config import DiffusionConfig, Settings
+from rayft.domain import value_network
 from rayft.draws import draw_current, draw_starts
 from rayft.pathwise import Cut, climb
 from rayft.rl.learner import DiffusionLearner
@@ -182,6 +183,8 @@ class BackpropConfig(DiffusionConfig):
         if not told.surrogate:
             self.differentiable("backpropagation", "set training.surrogate to 2 or more, or take ppo, grpo or rwmle")
         super().validate()
+        if told.surrogate:
+            value_network(self.build_domain())
 
     def get_default_learner_class(self) -> type[BackpropLearner]:
         return BackpropLearner

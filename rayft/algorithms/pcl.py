@@ -22,6 +22,7 @@ from rayft import credit, losses
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.chain import Chains
+from rayft.domain import value_network
 from rayft.draws import Draw, DrawFunction, Fate, draw_mixed
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.near import Credit
@@ -220,19 +221,8 @@ class PCLConfig(DiffusionConfig):
         if steps is not None and num_steps % steps:
             allowed = ", ".join(str(n) for n in range(1, num_steps + 1) if num_steps % n == 0)
             raise ValueError(f"training.steps is {steps}; pieces of a chain of {num_steps} may have {allowed}")
-        self._check_critic()
         super().validate()
-
-    def _check_critic(self) -> None:
-        world = self.build_domain()
-        context = world.context(2, torch.Generator().manual_seed(0))
-        x_t = torch.zeros(2, *world.event_shape)
-        found = world.critic()(x_t, world.schedule().timestep[[1, -1]], context)
-        if found.shape != (2,):
-            raise ValueError(
-                f"the value network of {type(world).__name__} gives {tuple(found.shape)} for 2 chains; critic() should "
-                "give one number each, (2,)"
-            )
+        value_network(self.build_domain())
 
     def get_default_learner_class(self) -> type[PCLLearner]:
         return PCLLearner
