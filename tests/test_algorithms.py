@@ -118,6 +118,27 @@ def test_what_an_algorithm_cannot_do_is_refused_with_what_it_can(name, reward, t
 
 
 @pytest.mark.parametrize(
+    "parts",
+    [
+        {"q": {"name": "quadratic", "weight": 2.0}},
+        {"q": {"name": "quadratic", "transform": [{"clip": {"high": 0}}]}},
+        {"q": "quadratic", "c": "corner"},
+    ],
+)
+def test_a_reward_that_is_not_counted_as_it_is_has_no_gradient(parts):
+    with pytest.raises(ValueError, match="backpropagation needs one differentiable reward and a composition is none"):
+        small("backprop").reward("combine", parts=parts).training(surrogate=0).validate()
+
+
+@pytest.mark.parametrize("name", ["backprop", "rgdm"])
+def test_one_reward_alone_in_a_composition_has_its_own_gradient(ray_session, name):
+    told = {"sampler": "gradient", "num_candidates": 2} if name == "rgdm" else {"steps": 2}
+    algo = small(name, reward="quadratic", **told).reward("combine", parts={"q": "quadratic"}).build_algo()
+    algo.train()
+    algo.stop()
+
+
+@pytest.mark.parametrize(
     ("name", "iterations", "told", "least"),
     [
         ("ppo", 12, {"alpha": 0.5, "chains": 512, "minibatch_size": 4096}, 0.90),

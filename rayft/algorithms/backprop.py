@@ -66,7 +66,8 @@ class BackpropLearner(DiffusionLearner):
         self.world = self.config.build_domain()
         self.surrogate = Surrogate(self.world, self.config.surrogate, self.config.pessimism)
         self.surrogate.to(self._device, DTYPES[self.config.precision])
-        told = self.config.reward_path, self.config.reward_arguments, self.world.rewards
+        part = self.config.recipe(self.world).parts[0]
+        told = part.path, part.arguments, self.world.rewards
         self.slope: Any = self.surrogate.value if self.config.surrogate else reward.build(*told).value  # type: ignore[attr-defined]
         self._module[DEFAULT_MODULE_ID].unwrapped().through = self.chain
 
