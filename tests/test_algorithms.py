@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rayft import domain as domains
+from rayft.reward import DifferentiableReward
 from rayft.settings import explain
 from rayft.spec import algorithm, known_algorithms
 
@@ -73,9 +74,11 @@ def test_every_algorithm_trains_on_every_domain_and_restores(ray_session, tmp_pa
     again.stop()
 
 
-def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_session, tmp_path):
-    told = {"roll_in": "noised", "rows": 256, "alpha": 0.5}
-    algo = small("rwmle", **told).build_algo()
+@pytest.mark.parametrize(
+    ("name", "told"), [("rwmle", {"roll_in": "noised", "rows": 256, "alpha": 0.5}), ("backprop", STUDY)]
+)
+def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_session, tmp_path, name, told):
+    algo = small(name, **told).build_algo()
     for _ in range(2):
         algo.train()
     assert [len(one.x_0) for one in algo.seen] == [64, 64]
@@ -83,13 +86,33 @@ def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_sessio
     algo.train()
     expected = algo.policy_state()
     algo.stop()
-    again = small("rwmle", **told).build_algo()
+    again = small(name, **told).build_algo()
     again.restore_from_path(path)
     again.train()
     found = again.policy_state()
     assert sum(len(one.x_0) for one in again.seen) == 192
     again.stop()
     assert all((found[k] == expected[k]).all() for k in expected)
+
+
+class Holed(DifferentiableReward):
+    """Is no number right of 0, nor is its slope."""
+
+    def value(self, x_0, context):
+        return (-x_0[:, 0]).sqrt()
+
+
+def test_backpropagation_goes_on_past_chains_whose_reward_failed_and_counts_them(ray_session):
+    algo = small("backprop", reward=Holed, surrogate=0, steps=2, minibatch_size=16, num_epochs=2).build_algo()
+    before = algo.policy_state()
+    told = algo.train()
+    learnt = told["learners"]["default_policy"]
+    after = algo.policy_state()
+    algo.stop()
+    assert learnt["guard_non_finite"] == 0 and learnt["num_minibatches"] == 8
+    assert any((after[k] != before[k]).any() for k in after) and all(np.isfinite(v).all() for v in after.values())
+    assert told["reward_failed"] == pytest.approx(128 * learnt["failed"], abs=0.5)
+    assert 20 < told["reward_failed"] < 108 and told["reward_mean"] > 0.5
 
 
 def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
