@@ -241,8 +241,20 @@ def test_every_guide_keeps_sets_of_points_in_their_space(name):
 
 
 def test_a_guide_that_throws_the_chain_out_is_stopped_with_advice(bench):
-    with pytest.raises(ValueError, match=r"at t = \d+ the guide moves the mean by .* diverges; take an alpha larger"):
+    with pytest.raises(ValueError, match=r"at t = \d+ the guide moves the mean by .* diverges; raise guide.alpha"):
         chain(build("tweedie", Ground(bench, reward_of(quadratic)), alpha=1e-5))
+
+
+@pytest.mark.parametrize(("alpha", "nats"), [(0.2, 40), (0.03, None)])
+def test_many_small_shifts_that_throw_the_chain_out_are_stopped_too(bench, alpha, nats):
+    """Of a linear reward each transition is moved by sigma_t / alpha of its noise, and no single one is absurd."""
+    guide = build("classifier", Ground(bench, reward_of(lambda x, _: x[:, 0])), alpha=alpha)
+    if nats is None:
+        with pytest.raises(ValueError, match=r"at t = \d+ the guide has moved a chain by 1,\d{3} nats: .* above 0.03"):
+            chain(guide)
+    else:
+        for _ in range(20):  # each draw pays anew
+            assert float(chain(guide, reference=bench.policy).columns["kl"].sum(0).max()) > nats
 
 
 def test_a_value_network_of_the_wrong_shape_is_refused(bench):
