@@ -98,6 +98,11 @@ class PCLLearner(DiffusionLearner):
         value = dict(self.get_optimizers_for_module(DEFAULT_MODULE_ID))["value"]
         return {**super().step_sizes(lr), value: self.config.value_lr * lr / self.config.lr}
 
+    def transitions(self, chains: Chains) -> Chains:
+        """All of every piece: its first alone, at T of a whole chain, would say little of the others."""
+        x = np.moveaxis(chains.columns["path"][0][:, ::-1], 1, 0)
+        return Chains(x, chains.t - np.arange(len(x) - 1)[::-1, None], chains.context)
+
     def pieces(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values at both ends, and the log-ratio of each piece, from one call of the policy for all its transitions."""
         module, path = self._module[DEFAULT_MODULE_ID].unwrapped(), rows["path"]

@@ -76,6 +76,10 @@ class DiffusionLearner(TorchLearner):
             module_id=module_id, optimizer=optimizer, params=params, lr_or_lr_schedule=self.config.lr
         )
 
+    def transitions(self, chains: Chains) -> Chains:
+        """The single transitions of what is learned from, on which the trust region is measured."""
+        return chains
+
     def step_sizes(self, lr: float) -> dict[Any, float]:
         """This iteration's step size for every optimizer."""
         return dict.fromkeys(self._optimizer_parameters, lr)
@@ -203,6 +207,7 @@ class _Probe:
         self.last = 0.0
         if self.target is None:
             return
+        chains = learner.transitions(chains)
         total = chains.num_rows * chains.num_chains
         chosen = draw.permutation(total)[: max(PROBE_ROWS // learners, 1) * learners]
         mine = np.array_split(chosen, learners)[index]
