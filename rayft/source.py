@@ -89,9 +89,7 @@ def _drawn_as(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, 
     """A checkpoint's domain, of which only the classes that are drawn may be another."""
     for key in {**own, **given}:
         if key != "probabilities" and given.get(key) != own.get(key):
-            raise ValueError(
-                f"domain.{key} is what the checkpoint was trained with; only domain.probabilities may change"
-            )
+            raise ValueError(f"domain.{key} is as the checkpoint was trained; only domain.probabilities may change")
     return given
 
 

@@ -125,6 +125,8 @@ def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
     [
         ("pcl", "quadratic", {"alpha": 0.0}, "training.alpha is 0.0; it should be greater than 0"),
         ("pcl", "quadratic", {"steps": 3}, "pieces of a chain of 10 may have 1, 2, 5, 10"),
+        ("pcl", "quadratic", {"timesteps": [1, 5]}, "no piece starts: .* every 10th t of 10; give shorter pieces"),
+        ("pcl", "quadratic", {"timesteps": [6, 9], "steps": 5}, "no piece starts: .* every 5th"),
         ("pcl", "quadratic", {"steps": 20}, "training.steps is 20; pieces of a chain of 10"),
         ("grpo", "quadratic", {"group_size": 1}, "compared with nobody"),
         ("grpo", "quadratic", {"group_size": 6}, "need a multiple of 6"),
@@ -151,6 +153,13 @@ def test_what_an_algorithm_cannot_do_is_refused_with_what_it_can(name, reward, t
 def test_a_reward_that_is_not_counted_as_it_is_has_no_gradient(parts):
     with pytest.raises(ValueError, match="backpropagation needs one differentiable reward and a composition is none"):
         small("backprop").reward("combine", parts=parts).training(surrogate=0).validate()
+
+
+def test_a_forward_batch_whose_rewards_are_all_alike_does_not_blow_up(ray_session):
+    algo = small("forward", alpha=0.3).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    assert algo.credit(draw, np.full(64, 0.7)).scalars["kl_weight"] == pytest.approx(0.3)
+    algo.stop()
 
 
 @pytest.mark.parametrize("name", ["backprop", "rgdm"])

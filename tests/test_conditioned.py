@@ -172,12 +172,12 @@ def test_a_checkpoint_is_drawn_from_at_the_conditions_that_are_asked_for_and_is_
     for given, drawn in ([], {0, 1, 2, 3}), (["domain.probabilities={lower_left: 1}"], {2}):
         found = sampling.draw(source.find(folder, source.Asked(True, overrides=given)), 64, 0)
         assert set(found.context["y"].tolist()) == drawn
-    with pytest.raises(ValueError, match="domain.rank is what the checkpoint was trained with; only domain.probabil"):
+    with pytest.raises(ValueError, match=r"domain\.rank is as the checkpoint was trained; only domain\.probabilities"):
         source.find(folder, source.Asked(overrides=["domain.rank=3"]))
 
 
 def test_adapters_are_not_adapted_again():
-    with pytest.raises(ValueError, match="lora_rank is 2, but .* by adapters already: .* domain.rank"):
+    with pytest.raises(ValueError, match=r"lora_rank is 2, but .* by adapters already: .* domain\.rank"):
         adapt.adapted(toy().denoiser(), 2, None, None)
 
 

@@ -227,6 +227,12 @@ class PCLConfig(DiffusionConfig):
             allowed = ", ".join(str(n) for n in range(1, num_steps + 1) if num_steps % n == 0)
             raise ValueError(f"training.steps is {steps}; pieces of a chain of {num_steps} may have {allowed}")
         super().validate()
+        (first, last), size = self.settings().timesteps or (1, num_steps), steps or num_steps
+        if first > last // size * size:
+            raise ValueError(
+                f"training.timesteps is [{first}, {last}], where no piece starts: they start at every {size}th t of "
+                f"{num_steps}; give shorter pieces (training.steps) or later timesteps"
+            )
         value_network(self.build_domain())
 
     def get_default_learner_class(self) -> type[PCLLearner]:

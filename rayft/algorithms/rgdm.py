@@ -168,7 +168,7 @@ class RGDM(DiffusionRL):
             self.aim,
             self.shard_pairs,
             config.seed or 0,
-            (part.path, part.arguments),
+            (part.path, dict(part.arguments)),
         )
 
     def manifest(self) -> dict[str, Any]:
