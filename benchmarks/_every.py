@@ -11,10 +11,12 @@ machine's wall time. Settings were chosen on seeds 100 to 102; 0 to 4 are told.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -185,7 +187,8 @@ def work(job: Job, quick: bool) -> Row:
     """Trains or guides, and measures."""
     torch.set_num_threads(1)
     num = BATCH if quick else CHAINS
-    ground, before = Ground(job.target, num), _peak()
+    ground = Ground(job.target, num)
+    before = _from_here()
     if job.name not in TRAINED:
         return guided(job, ground, before)
     policy, seconds, calls = train(job, quick)
@@ -236,9 +239,18 @@ def train(job: Job, quick: bool) -> tuple[Policy, float, int]:
     return policy, seconds, calls
 
 
+def _from_here() -> float:
+    """Memory that this process has now, in MB. Linux forgets the peak before: what has been freed hides nothing."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
 def _peak() -> float:
     """Most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # -- all of them
@@ -305,8 +317,9 @@ def tell(method: str, target: str, rows: list[Row], known: Known, result: _resul
     shares = [known.share(row.objective) for row in rows if row.objective is not None]
     if shares:
         result.figures[f"attained/{method}/{target}"] = _result.over_seeds(shares)
-    for name in ("reward", "seconds", "calls", "memory_mb"):
-        result.figures[f"{name}/{method}/{target}"] = _result.Figure(_mean(rows, name))
+    for name in ("reward", "kl", "seconds", "calls", "memory_mb"):
+        if not math.isnan(found := _mean(rows, name)):  # what chooses among events has no kl
+            result.figures[f"{name}/{method}/{target}"] = _result.Figure(found)
     share = str(result.figures[f"attained/{method}/{target}"]) if shares else "no density"
     numbers = [_mean(rows, name) for name in ("reward", "kl", "seconds")]
     return [method, len(rows), share, *numbers, f"{_mean(rows, 'calls'):,.0f}", f"{_mean(rows, 'memory_mb'):.0f}"]

@@ -82,6 +82,11 @@ def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 def adapted(net: Denoiser, rank: int, scale: float | None, trainable: Sequence[str] | None) -> Denoiser:
     """``net`` as it is to be trained: with adapters where ``rank`` is above 0, all of it or a part of it otherwise."""
     names = chosen(net, trainable)
+    if rank and any(isinstance(part, LowRank) for part in net.modules()):
+        raise ValueError(
+            f"training.lora_rank is {rank}, but this domain's network is trained by adapters already: leave it out, "
+            "and set the rank of those, domain.rank"
+        )
     if rank:
         return Adapted(net, _matrices(net, names, rank), rank, scale)
     for name, parameter in net.named_parameters():

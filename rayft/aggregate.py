@@ -182,6 +182,12 @@ class Recipe:
         return [component for component in self.components if not component.watched]
 
     @property
+    def plain(self) -> bool:
+        """Whether one part's scores are the reward as they are."""
+        one = self.parts[0]
+        return len(self.parts) == 1 and not one.transforms and one.weight == 1 and self.aggregate == "sum"
+
+    @property
     def stages(self) -> list[list[int]]:
         """Numbers of the components by the depth of their filters; a stage needs the raw scores of those before it."""
         known = {component.name: component for component in self.components}

@@ -219,7 +219,7 @@ def recommend(told: argparse.Namespace) -> int:
     memory = None if told.memory_gb is None else told.memory_gb * 1e9
     found = advice.measure(spec, told.num, told.seed, memory)
     chosen = advice.choose(found, not told.no_training)
-    line = advice.command(chosen, told.file, None if told.no_training else spec)
+    line = advice.command(chosen, told.file, None if told.no_training else spec, told.overrides)
     if told.json:
         print(json.dumps(advice.told(found, chosen, line)))
         return 0

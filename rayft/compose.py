@@ -57,6 +57,13 @@ def recipe(reward: Any, arguments: Mapping[str, Any], watch: Any, short_names: M
     return found
 
 
+def differentiable(found: Recipe, short_names: Mapping[str, str] | None) -> Component | None:
+    """The part whose gradient is the reward's; ``None`` where there is none."""
+    kind = rewards.target(found.parts[0].path, short_names)
+    smooth = inspect.isclass(kind) and issubclass(kind, rewards.DifferentiableReward)
+    return found.parts[0] if smooth and found.plain else None
+
+
 def _single(reward: Any, arguments: Mapping[str, Any], short_names: Mapping[str, str] | None) -> None:
     try:
         rewards.check(reward, arguments, short_names)

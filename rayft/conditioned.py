@@ -9,7 +9,6 @@ The network stays frozen; every y has adapters of its own on it, which begin as 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,14 +48,6 @@ class ConditionedDenoiser(Denoiser):
             outs.append(functional_call(self.base, self.weights(label), given))
             rows.append(mine)
         return torch.cat(outs)[torch.cat(rows).argsort()]
-
-    def only(self, y: int) -> dict[str, Tensor]:
-        """The state dict, for one y, of the module that the network was made from."""
-        net = copy.deepcopy(self.base)
-        with torch.no_grad():
-            for name, weight in self.weights(y).items():
-                net.get_parameter(name).copy_(weight)
-        return net.exported().state_dict()
 
     def loss_weight(self, timestep: Tensor) -> Tensor | float:
         return self.base.loss_weight(timestep)

@@ -43,6 +43,13 @@ def advantage(returns: Rows) -> tuple[Rows, float]:
     return np.where(alive, centred / scale, 0.0), scale
 
 
+def price(alpha: float, scale: Float[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
+    """alpha / s, what a KL costs beside A = (..) / s; where nothing differs, as much as beside those that do."""
+    spread = scale > NO_SPREAD
+    usual = scale[spread].mean() if spread.any() else 1.0
+    return alpha / np.where(spread, scale, usual)
+
+
 def group_advantage(returns: Rows, size: int, own_scale: bool) -> tuple[Rows, Float[np.ndarray, " batch"]]:
     """(A_t, scale of each chain): returns minus the mean of the group's others at each timestep, over a deviation.
 

@@ -253,6 +253,22 @@ def try_out(domain: Domain, weights: str | None = None) -> None:
         raise ValueError(f"the network gives {given} for x_t of shape {tuple(x_t.shape)}; it should keep the shape")
 
 
+def value_network(domain: Domain) -> nn.Module:
+    """A fresh critic of the domain's that has been asked once, at both ends of the chain: the number of each chain."""
+    critic, what = domain.critic(), f"the value network of {type(domain).__name__}"
+    context = domain.context(2, torch.Generator().manual_seed(0))
+    x_t = domain.space.project(torch.zeros(2, *domain.event_shape), context)
+    try:
+        with torch.no_grad():
+            found = critic(x_t, domain.schedule().timestep[[0, -1]], context)
+    except Exception as error:
+        raise ValueError(f"{what} fails on x_t of shape {tuple(x_t.shape)}: {imports.reason(error)}") from error
+    if not isinstance(found, Tensor) or found.shape != (2,):
+        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{what} gives {given} for 2 chains; it should give one number for each, of shape (2,)")
+    return critic
+
+
 def decoded(domain: Domain, x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> list[Any]:
     """The samples as rewards are given them, decoded in this process; ``None`` where there is none."""
     found = list(imports.load(domain.decoder)(x_0, context))

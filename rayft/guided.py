@@ -17,6 +17,7 @@ from torch import Tensor
 from rayft import reward as rewards
 from rayft.aggregate import Component, Recipe
 from rayft.bench import Bench
+from rayft.compose import differentiable
 from rayft.domain import Domain
 from rayft.guidance import registry
 from rayft.guidance.base import Draw, Ground, Reward, Slope, Tell, by_chains
@@ -46,15 +47,14 @@ def asked(service: RewardService, domain: Domain) -> Reward:
         return torch.from_numpy(found.rewards).to(x_0.device), found.num_calls
 
     part = service.recipe.parts[0]
-    name = str(part.path) if _plain(service.recipe) else "a composition"
+    name = str(part.path) if service.recipe.plain else "a composition"
     return Reward(name, score, _slope(service.recipe, domain))
 
 
 def _slope(recipe: Recipe, domain: Domain) -> Slope | None:
-    """The torch function of a reward that stands alone and as it is; built when it is first asked."""
-    part = recipe.parts[0]
-    kind = rewards.target(part.path, domain.rewards)
-    if not _plain(recipe) or not isinstance(kind, type) or not issubclass(kind, rewards.DifferentiableReward):
+    """The reward's torch function, where it has one; built when it is first asked."""
+    part = differentiable(recipe, domain.rewards)
+    if part is None:
         return None
 
     @cache
@@ -71,11 +71,6 @@ def _identity(service: RewardService, domain: Domain) -> str:
     beside: Mapping[str, Any] = {"undecodable": told.undecodable, "on_failure": told.on_failure, "floor": told.floor}
     made = [recipe.aggregate, recipe.undecodable, recipe.floor, recipe.state()]
     return json.dumps([own, made, beside], sort_keys=True, default=str)
-
-
-def _plain(recipe: Recipe) -> bool:
-    part = recipe.parts[0]
-    return len(recipe.parts) == 1 and not part.transforms and part.weight == 1 and recipe.aggregate == "sum"
 
 
 def _beside(part: Component) -> dict[str, Any]:

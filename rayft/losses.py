@@ -60,12 +60,6 @@ def pull_loss(mean: Events, mean_ref: Events, shift: Events, weight: Row, sigma:
     return (weight * squared_norm(y) - 2 * (shift * y).flatten(1).sum(1)) / (2 * sigma**2)
 
 
-def kl_estimate(log_prob: Row, log_prob_old: Row) -> Row:
-    """A non-negative unbiased estimate of KL(p_old || p_theta) from draws of p_old: rho - 1 - log rho."""
-    log_ratio = (log_prob - log_prob_old).clamp(-20, 20)
-    return log_ratio.exp() - 1 - log_ratio
-
-
 def path_consistency_loss(value: Row, value_end: Row, log_ratio: Row, alpha: float) -> Row:
     """A soft Bellman residual over one or more transitions, squared (T Eq. 33 to 36).
 

@@ -61,6 +61,15 @@ def climb(
     return x, kl
 
 
+def finite(slope: Float[Tensor, "batch *event"]) -> Tensor:
+    """d loss / d x_0 without the chains where it is no number: one of them would be in every weight's gradient.
+
+    A reward that failed has such a slope however it is weighed: 0 times NaN is NaN.
+    """
+    known = slope.flatten(1).isfinite().all(1)
+    return torch.where(expand(known.to(slope.dtype), slope).bool(), slope, 0.0)
+
+
 def _transition(
     policy: Policy, reference: Policy, x: Tensor, step: int, context: Context
 ) -> tuple[Tensor, Float[Tensor, " batch"]]:

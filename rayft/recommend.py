@@ -7,6 +7,7 @@ and what one chain with gradients holds in memory (the tensors that autograd sav
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rich.table import Table
 
 from rayft import evaluate
-from rayft.algorithms.config import DiffusionConfig
+from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.bench import Bench
 from rayft.chain import sample
 from rayft.draws import Draw
@@ -26,12 +28,15 @@ from rayft.offline import scoring
 from rayft.plan import size_of
 from rayft.seeds import torch_generator
 from rayft.settings import defaults
-from rayft.spec import RunSpec, algorithm
+from rayft.spec import RunSpec, override
 
 DEAR = 10.0  # times what drawing a sample costs, from which on its score is dear
 LAB = 1.0  # seconds a score, from which on scores are all that a run pays for
 FEW = 0.005  # share of the samples that p* would use, under which weighting them teaches little
 PROBED = 4  # chains whose memory is measured
+WHOLE = ("backprop",)  # whose rows are whole chains
+UNITS = ("minibatch_size", "microbatches")  # count rows, which are other things to other algorithms
+ROWS = (*UNITS, "timesteps", "row_share", "target_kl")  # and what only single transitions have
 SHARE = 0.5  # of the memory that a chain's gradients may take
 
 
@@ -48,7 +53,6 @@ class Measured:
     memory: float  # bytes there are
     effective: float | None  # share of the pretrained samples that p* would use; None without an alpha
     failed: float  # share of the scores that failed
-    has_data: bool
 
     @property
     def chain_bytes(self) -> float:
@@ -180,7 +184,6 @@ def measure(spec: RunSpec, num: int, seed: int = 0, memory: float | None = None)
         available() if memory is None else memory,
         share,
         scores.num_failed / num,
-        world.data(1, torch_generator(seed, 0, "recommend")) is not None,
     )
 
 
@@ -240,15 +243,40 @@ def available() -> float:
 # -- telling
 
 
-def command(advice: Advice, file: str, spec: RunSpec | None) -> str:
-    """What to type; without a spec, to guide a model that is not trained."""
-    more = "".join(f" {text}" for text in advice.settings)
+def command(advice: Advice, file: str, spec: RunSpec | None, overrides: Sequence[str] = ()) -> str:
+    """What to type, with what was typed already; without a spec, to guide a model that is not trained."""
     if spec is None:
-        return f"rayft sample DOMAIN --reward NAME --guide {advice.algorithm}{more}"
-    known = defaults(algorithm(advice.algorithm).settings_class)
-    foreign = [f"training.{key}" for key in spec.training if key not in known]
-    first = f"  (take {', '.join(foreign)} out of it first: {advice.algorithm} has no such key)" if foreign else ""
-    return f"rayft run {file} algorithm={advice.algorithm}{more}{first}"
+        return f"rayft sample DOMAIN --reward NAME --guide {advice.algorithm}"
+    found = retold(advice, spec)
+    more = [] if spec.search is None else ["search=null"]
+    if set(spec.training) <= set(found):
+        told = {f"training.{k}": v for k, v in found.items() if k not in spec.training or v != spec.training[k]}
+    else:
+        told = {"training": found}
+    more += [f"algorithm={advice.algorithm}", *(f"{key}={_flow(value)}" for key, value in told.items())]
+    return shlex.join(["rayft", "run", file, *overrides, *more])
+
+
+def retold(advice: Advice, spec: RunSpec) -> dict[str, Any]:
+    """The training section: of another algorithm's, what means the same to both; and a minibatch that fits."""
+    given, known = dict(spec.training), {*defaults(Settings), "alpha"}
+    if spec.algorithm != advice.algorithm:
+        left = ROWS if advice.algorithm in WHOLE else UNITS
+        given = {k: v for k, v in given.items() if k in known and k not in left}
+        if advice.algorithm == "rwmle" and not given.get("alpha", 1):
+            del given["alpha"]  # reward alone: nothing to weigh by
+    given = override({"training": given}, advice.settings)["training"]
+    config = spec.model_copy(update={"algorithm": advice.algorithm, "training": given}).config()
+    told, rows = config.settings(), config.num_rows(config.process().num_steps)
+    pieces = max(1, spec.resources.num_learners) * told.microbatches
+    if told.minibatch_size > rows or told.minibatch_size % pieces:
+        given["minibatch_size"] = max(min(told.minibatch_size, rows) // pieces, 1) * pieces
+    return given
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).removesuffix("\n...\n").strip()
 
 
 def table(found: Measured) -> Table:

@@ -6,7 +6,7 @@ Nothing here needs Ray or opens a pickle.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from rayft.aggregate import Recipe
 from rayft.bench import Bench
 from rayft.chain import Policy, reverse_process
 from rayft.compose import recipe
+from rayft.conditioned import Conditioned
 from rayft.guidance import registry
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command says beside the model: overrides are reward.KEY, guide.KEY and, of a domain, domain.KEY."""
+    """What a command says beside the model: overrides are reward.KEY, guide.KEY and, of a domain, domain.KEY.
+
+    Of a checkpoint of a conditioned domain, domain.probabilities: which classes are drawn.
+    """
 
     scored: bool = False
     reward: str | None = None  # in place of the run's own
@@ -69,12 +73,24 @@ def find(what: str, asked: Asked) -> Source:
 def _checkpoint(checkpoint: store.Checkpoint, asked: Asked) -> Source:
     if asked.num_steps is not None:
         raise ValueError("--num-steps is for a domain: a checkpoint is sampled with the chain that it was trained on")
-    told = checkpoint.card["config"]
-    tree, guide = _overridden({"reward": dict(told["reward"])}, asked)
+    told, world = checkpoint.card["config"], checkpoint.card["domain"]
+    tree: dict[str, Any] = {"reward": dict(told["reward"])}
+    if domains.find(world["name"]) is Conditioned:
+        tree["domain"] = dict(world)
+    tree, guide = _overridden(tree, asked)
+    checkpoint = replace(checkpoint, card=checkpoint.card | {"domain": _drawn_as(tree.get("domain", world), world)})
     made = _recipe(tree, checkpoint.domain()) if asked.needs_reward else None
     if made is not None and tree["reward"] == told["reward"]:
         made = made.with_state(checkpoint.card.get("recipe", made.state()))
     return Source(checkpoint.bench(), made, told["scoring"], asked.scored, guide)
+
+
+def _drawn_as(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's domain, of which only the classes that are drawn may be another."""
+    for key in {**own, **given}:
+        if key != "probabilities" and given.get(key) != own.get(key):
+            raise ValueError(f"domain.{key} is as the checkpoint was trained; only domain.probabilities may change")
+    return given
 
 
 def _pretrained(name: str, asked: Asked) -> Source:

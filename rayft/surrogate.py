@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rayft.domain import Domain
 from rayft.space import Context
 
 BATCH, LR = 256, 1e-3
+NO_SPREAD = 1e-8  # a deviation at which all scores are the same
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,15 @@ class Surrogate(nn.Module):
             raise ValueError("every reward has failed so far, and there is nothing to learn from: look at the errors")
         pick = [(one, mask) for one, mask in zip(seen, known, strict=True) if mask.any()]
         x_0 = torch.from_numpy(np.concatenate([one.x_0[mask] for one, mask in pick])).float()
-        rewards = torch.from_numpy(np.concatenate([one.rewards[mask] for one, mask in pick])).float()
+        scores = np.concatenate([one.rewards[mask] for one, mask in pick]).astype(np.float64)
+        rewards = torch.from_numpy(scores).float()
         keys = seen[0].context
         context = {k: torch.from_numpy(np.concatenate([one.context[k][mask] for one, mask in pick])) for k in keys}
-        told = self._told(x_0, rewards, context, int(pick[-1][1].sum())) if len(seen) > 1 else float("nan")
-        if len(seen) == 1:
-            self.centre.fill_(rewards.mean())
-            self.scale.fill_(rewards.std(correction=0).clamp(min=1e-6))
+        newest = int(pick[-1][1].sum())
+        told = self._told(x_0, rewards, context, newest) if len(seen) > 1 else float("nan")
+        if len(scores) == newest or scores[:-newest].std() < NO_SPREAD:  # these are the first that differ
+            self.centre.fill_(scores.mean())
+            self.scale.fill_(scores.std() if scores.std() > NO_SPREAD else 1.0)
         aim = (rewards - self.centre) / self.scale
         assert self.optimizer is not None
         with torch.enable_grad():
@@ -88,6 +92,15 @@ class Surrogate(nn.Module):
         found = self.value(x_0[-newest:], {k: v[-newest:] for k, v in context.items()})
         rest = (rewards[-newest:] - found).square().mean()
         return float(1 - rest / rewards[-newest:].var(correction=0).clamp(min=1e-12))
+
+    def moments(self) -> dict[str, Any]:
+        """Where Adam was, which goes on from there."""
+        return {} if self.optimizer is None else self.optimizer.state_dict()
+
+    def load_moments(self, state: Mapping[str, Any]) -> None:
+        """What ``moments`` gave."""
+        if self.optimizer is not None and state:
+            self.optimizer.load_state_dict(dict(state))
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Its weights, to be sent."""

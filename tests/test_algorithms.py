@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rayft import domain as domains
+from rayft.reward import DifferentiableReward
 from rayft.settings import explain
 from rayft.spec import algorithm, known_algorithms
 
@@ -73,9 +74,11 @@ def test_every_algorithm_trains_on_every_domain_and_restores(ray_session, tmp_pa
     again.stop()
 
 
-def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_session, tmp_path):
-    told = {"roll_in": "noised", "rows": 256, "alpha": 0.5}
-    algo = small("rwmle", **told).build_algo()
+@pytest.mark.parametrize(
+    ("name", "told"), [("rwmle", {"roll_in": "noised", "rows": 256, "alpha": 0.5}), ("backprop", STUDY)]
+)
+def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_session, tmp_path, name, told):
+    algo = small(name, **told).build_algo()
     for _ in range(2):
         algo.train()
     assert [len(one.x_0) for one in algo.seen] == [64, 64]
@@ -83,13 +86,33 @@ def test_what_was_scored_before_a_checkpoint_is_learned_from_after_it(ray_sessio
     algo.train()
     expected = algo.policy_state()
     algo.stop()
-    again = small("rwmle", **told).build_algo()
+    again = small(name, **told).build_algo()
     again.restore_from_path(path)
     again.train()
     found = again.policy_state()
     assert sum(len(one.x_0) for one in again.seen) == 192
     again.stop()
     assert all((found[k] == expected[k]).all() for k in expected)
+
+
+class Holed(DifferentiableReward):
+    """Is no number right of 0, nor is its slope."""
+
+    def value(self, x_0, context):
+        return (-x_0[:, 0]).sqrt()
+
+
+def test_backpropagation_goes_on_past_chains_whose_reward_failed_and_counts_them(ray_session):
+    algo = small("backprop", reward=Holed, surrogate=0, steps=2, minibatch_size=16, num_epochs=2).build_algo()
+    before = algo.policy_state()
+    told = algo.train()
+    learnt = told["learners"]["default_policy"]
+    after = algo.policy_state()
+    algo.stop()
+    assert learnt["guard_non_finite"] == 0 and learnt["num_minibatches"] == 8
+    assert any((after[k] != before[k]).any() for k in after) and all(np.isfinite(v).all() for v in after.values())
+    assert told["reward_failed"] == pytest.approx(128 * learnt["failed"], abs=0.5)
+    assert 20 < told["reward_failed"] < 108 and told["reward_mean"] > 0.5
 
 
 def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
@@ -102,6 +125,8 @@ def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
     [
         ("pcl", "quadratic", {"alpha": 0.0}, "training.alpha is 0.0; it should be greater than 0"),
         ("pcl", "quadratic", {"steps": 3}, "pieces of a chain of 10 may have 1, 2, 5, 10"),
+        ("pcl", "quadratic", {"timesteps": [1, 5]}, "no piece starts: .* every 10th t of 10; give shorter pieces"),
+        ("pcl", "quadratic", {"timesteps": [6, 9], "steps": 5}, "no piece starts: .* every 5th"),
         ("pcl", "quadratic", {"steps": 20}, "training.steps is 20; pieces of a chain of 10"),
         ("grpo", "quadratic", {"group_size": 1}, "compared with nobody"),
         ("grpo", "quadratic", {"group_size": 6}, "need a multiple of 6"),
@@ -115,6 +140,34 @@ def test_rows_are_for_the_roll_in_that_makes_them(ray_session):
 def test_what_an_algorithm_cannot_do_is_refused_with_what_it_can(name, reward, told, why):
     with pytest.raises(ValueError, match=why):
         small(name, reward=reward, **told).validate()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"q": {"name": "quadratic", "weight": 2.0}},
+        {"q": {"name": "quadratic", "transform": [{"clip": {"high": 0}}]}},
+        {"q": "quadratic", "c": "corner"},
+    ],
+)
+def test_a_reward_that_is_not_counted_as_it_is_has_no_gradient(parts):
+    with pytest.raises(ValueError, match="backpropagation needs one differentiable reward and a composition is none"):
+        small("backprop").reward("combine", parts=parts).training(surrogate=0).validate()
+
+
+def test_a_forward_batch_whose_rewards_are_all_alike_does_not_blow_up(ray_session):
+    algo = small("forward", alpha=0.3).build_algo()
+    draw = algo.collect("train", algo.draw_function(), 64)
+    assert algo.credit(draw, np.full(64, 0.7)).scalars["kl_weight"] == pytest.approx(0.3)
+    algo.stop()
+
+
+@pytest.mark.parametrize("name", ["backprop", "rgdm"])
+def test_one_reward_alone_in_a_composition_has_its_own_gradient(ray_session, name):
+    told = {"sampler": "gradient", "num_candidates": 2} if name == "rgdm" else {"steps": 2}
+    algo = small(name, reward="quadratic", **told).reward("combine", parts={"q": "quadratic"}).build_algo()
+    algo.train()
+    algo.stop()
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,23 @@ def test_every_algorithm_and_guide_has_a_place_in_the_picture(tmp_path: Path):
         assert "<svg" in (tmp_path / f"every_{target}.svg").read_text()
 
 
+def test_memory_that_was_freed_before_a_job_hides_nothing_of_its_own():
+    block = np.ones(40_000_000)
+    del block
+    before = _every._from_here()
+    block = np.ones(20_000_000)
+    assert _every._peak() - before == pytest.approx(block.nbytes / 2**20, abs=20)
+
+
+def test_reward_and_kl_of_a_method_are_told_and_no_kl_where_there_is_none():
+    known, result = _every.Known(0.0, 1.0, math.nan), _result.Result("every")
+    rows = [_every.Row(0.5, kl, None, 1.0, 10, 1.0) for kl in (1.0, 2.0)]
+    _every.tell("ppo", "stripes", rows, known, result)
+    _every.tell("smc", "stripes", [_every.Row(0.5, None, None, 1.0, 10, 1.0)], known, result)
+    assert result.figures["kl/ppo/stripes"].value == 1.5
+    assert "kl/smc/stripes" not in result.figures and result.figures["reward/smc/stripes"].value == 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", table_every.TASKS)
 def test_the_table_of_domains_runs_one_iteration_of_its_first_row(task):

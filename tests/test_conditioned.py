@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from envs.toy import data
 from envs.toy.reward import Corner
-from rayft import sampling, source, spec
+from rayft import adapt, sampling, source, spec, store
 from rayft.conditioned import Conditioned
-from rayft.domain import build, find, fit
+from rayft.domain import build, find
 from rayft.evaluate import optimum
 from rayft.spec import algorithm
 
@@ -54,7 +54,7 @@ def test_every_row_is_answered_by_the_adapters_of_its_condition():
         said = net(x, t, context)
         for y in range(4):
             alone = build("toy", {}).denoiser()
-            fit(alone, net.only(y), "one condition")
+            alone.load_state_dict(net.weights(y), strict=False)
             mine = context["y"] == y
             torch.testing.assert_close(said[mine], alone(x[mine], t[mine], {}), rtol=1e-5, atol=1e-6)
     assert float((net(x, t, {"y": 0 * context["y"]}) - net(x, t, {"y": 0 * context["y"] + 1})).abs().max()) > 1e-3
@@ -155,6 +155,30 @@ def test_a_trained_condition_is_drawn_by_name(tmp_path):
     drawn = sampling.draw(found, 16, 0)
     assert (drawn.context["y"] == 2).all() and np.isfinite(drawn.columns["reward"]).all()
     assert find("conditioned") is Conditioned
+
+
+def kept(folder):
+    """A checkpoint as a run of the shipped YAML leaves it."""
+    told = spec.read(str(SHIPPED)).full()
+    keys = ("algorithm", "domain", "reward", "chain")
+    more = {"iteration": 1, "alpha_bar": toy().schedule().alpha_bar.tolist(), "config": told}
+    weights = {k: v.detach().numpy() for k, v in moved(toy().denoiser()).state_dict().items()}
+    store.save(folder, {"weights": weights}, {key: told[key] for key in keys} | more, lambda path: None)
+    return str(folder)
+
+
+def test_a_checkpoint_is_drawn_from_at_the_conditions_that_are_asked_for_and_is_else_as_it_was(tmp_path):
+    folder = kept(tmp_path / "iteration_000001")
+    for given, drawn in ([], {0, 1, 2, 3}), (["domain.probabilities={lower_left: 1}"], {2}):
+        found = sampling.draw(source.find(folder, source.Asked(True, overrides=given)), 64, 0)
+        assert set(found.context["y"].tolist()) == drawn
+    with pytest.raises(ValueError, match=r"domain\.rank is as the checkpoint was trained; only domain\.probabilities"):
+        source.find(folder, source.Asked(overrides=["domain.rank=3"]))
+
+
+def test_adapters_are_not_adapted_again():
+    with pytest.raises(ValueError, match=r"lora_rank is 2, but .* by adapters already: .* domain\.rank"):
+        adapt.adapted(toy().denoiser(), 2, None, None)
 
 
 def test_the_shipped_run_is_valid():

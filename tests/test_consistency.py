@@ -129,3 +129,16 @@ def test_the_trust_region_pulls_the_policy_back_and_leaves_the_value_network_alo
     critic = algo.learner_group._learner.module["default_policy"].unwrapped().critic
     assert critic.net[-1].bias.abs().item() > 5e-3
     algo.stop()
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_the_trust_region_measures_the_whole_chain(ray_session, steps):
+    algo = small(chains=256, minibatch_size=256 if steps is None else 1024, lr=1e-2, target_kl=100.0, steps=steps)
+    algo = algo.build_algo()
+    told = algo.train()["learners"]["default_policy"]
+    bench = algo.env_runner.module.bench()
+    x_T, context = bench.start(2048, torch.Generator().manual_seed(0))  # noqa: N806
+    before, after = bench.reference, bench.policy
+    kl = sample(before, x_T, context, torch.Generator().manual_seed(1), reference=after).columns["kl"].sum(0)
+    assert told["update_kl"] == pytest.approx(float(kl.mean()), rel=0.3)
+    algo.stop()

@@ -267,3 +267,9 @@ def test_counting_step_t_twice_does_not_either(walk):
     own_and_later = credit.later(walk.log_ratio) + walk.log_ratio
     found, error = surrogate_gradient(walk, walk.rewards - ALPHA * own_and_later, explicit=ALPHA)
     assert np.max(np.abs(found - exact_gradient(walk.policy.process).numpy()) / error) > 20
+
+
+def test_a_kl_costs_as_much_where_nothing_differs_as_beside_what_does():
+    assert credit.price(0.1, np.array([0.5, 0.0, 0.7])) == pytest.approx([0.2, 0.1 / 0.6, 0.1 / 0.7])
+    assert credit.price(0.1, np.zeros(2)) == pytest.approx(0.1)
+    assert credit.price(0.0, np.array([0.5, 0.0])) == pytest.approx(0.0)

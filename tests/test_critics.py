@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from envs.toy.domain import Toy
 from rayft import domain as domains
+from rayft.algorithms.backprop import BackpropConfig
+from rayft.algorithms.pcl import PCLConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 DATA = {"data": str(GOLDEN / "molecules/dsgdb9nsd")}
@@ -77,3 +80,36 @@ def test_it_knows_a_cloud_again_whose_points_come_in_another_order():
     order = torch.cat([torch.arange(8), 8 + torch.randperm(16, generator=torch.Generator().manual_seed(2))])
     torch.testing.assert_close(critic(x_t[:, order], t, context), before, rtol=1e-4, atol=1e-4)
     assert (critic(torch.cat([x_t[:, :8], 2 * x_t[:, 8:]], 1), t, context) - before).abs().max() > 1e-3
+
+
+class Column(torch.nn.Module):
+    def forward(self, x_t, timestep, context):
+        return x_t.sum(1, keepdim=True)
+
+
+class Pair(Column):
+    def forward(self, x_t, timestep, context):
+        return x_t.sum(1), timestep
+
+
+class Broken(Column):
+    def forward(self, x_t, timestep, context):
+        return context["absent"]
+
+
+@pytest.mark.parametrize(
+    ("critic", "why"),
+    [
+        (Column, r"value network of Odd gives \(2, 1\) for 2 chains; it should give one number for each"),
+        (Pair, "value network of Odd gives tuple for 2 chains"),
+        (Broken, r"value network of Odd fails on x_t of shape \(2, 2\): KeyError"),
+    ],
+)
+@pytest.mark.parametrize("config", [PCLConfig().training(alpha=0.5), BackpropConfig().training(surrogate=2)])
+def test_a_value_network_that_gives_something_else_is_refused_before_anything_is_drawn(config, critic, why):
+    class Odd(Toy):
+        def critic(self):
+            return critic()
+
+    with pytest.raises(ValueError, match=why):
+        config.copy(copy_frozen=False).domain(Odd).reward("quadratic").validate()

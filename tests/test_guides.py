@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -168,6 +169,16 @@ def test_resampling_keeps_to_the_shares_within_one():
     assert torch.bincount(chosen[0], minlength=4).tolist() == [2, 1, 1, 0] and chosen[1].tolist() == [2] * 4
 
 
+def test_one_event_of_a_group_is_drawn_as_all_of_them_are(bench):
+    """Resampled in their parents' order, the first is above 0 in 92 of 100 groups, and of all events 96 are."""
+    short = bench.policy.respaced(2)
+    ground = Ground(dataclasses.replace(bench, policy=short), reward_of(lambda x, _: x[:, 0].sign()))
+    guide, generator = build("smc", ground, alpha=0.5, particles=8, every=2), torch.Generator().manual_seed(0)
+    every = torch.cat([guide(8, generator)[0] for _ in range(1000)])
+    one = torch.cat([guide(1, generator)[0] for _ in range(2000)])
+    assert float((one > 0).float().mean()) == pytest.approx(float((every > 0).float().mean()), abs=0.02)
+
+
 def test_the_loss_of_the_fit_is_least_at_the_log_of_the_mean_exponential():
     y = torch.tensor([-1.0, 0.5, 1.0])
     h = torch.tensor(0.0, requires_grad=True)
@@ -241,8 +252,20 @@ def test_every_guide_keeps_sets_of_points_in_their_space(name):
 
 
 def test_a_guide_that_throws_the_chain_out_is_stopped_with_advice(bench):
-    with pytest.raises(ValueError, match=r"at t = \d+ the guide moves the mean by .* diverges; take an alpha larger"):
+    with pytest.raises(ValueError, match=r"at t = \d+ the guide moves the mean by .* diverges; raise guide.alpha"):
         chain(build("tweedie", Ground(bench, reward_of(quadratic)), alpha=1e-5))
+
+
+@pytest.mark.parametrize(("alpha", "nats"), [(0.2, 40), (0.03, None)])
+def test_many_small_shifts_that_throw_the_chain_out_are_stopped_too(bench, alpha, nats):
+    """Of a linear reward each transition is moved by sigma_t / alpha of its noise, and no single one is absurd."""
+    guide = build("classifier", Ground(bench, reward_of(lambda x, _: x[:, 0])), alpha=alpha)
+    if nats is None:
+        with pytest.raises(ValueError, match=r"at t = \d+ the guide has moved a chain by 1,\d{3} nats: .* above 0.03"):
+            chain(guide)
+    else:
+        for _ in range(20):  # each draw pays anew
+            assert float(chain(guide, reference=bench.policy).columns["kl"].sum(0).max()) > nats
 
 
 def test_a_value_network_of_the_wrong_shape_is_refused(bench):

@@ -1,13 +1,16 @@
 """T's Figure 3 on six cases: what is measured, what follows from it, and that the command it names is one."""
 
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
 from rayft.cli import main
-from rayft.recommend import Advice, Measured, choose, command, measure
-from rayft.spec import known_algorithms, read
+from rayft.recommend import Advice, Measured, choose, command, differentiable, measure
+from rayft.spec import configs, known_algorithms, read
 
 SLOW = """
 import time
@@ -21,7 +24,7 @@ class Slow(Reward):
         time.sleep(self.seconds * len(samples))
         return [float(x[0]) for x in samples]
 """
-FREE = Measured(True, 1e-5, 1e-4, 50, 1500.0, 512, 1e10, 0.2, 0.0, True)
+FREE = Measured(True, 1e-5, 1e-4, 50, 1500.0, 512, 1e10, 0.2, 0.0)
 BLACK = replace(FREE, differentiable=False)
 CASES = {  # T's recommendation for each
     "differentiable": (FREE, "backprop"),
@@ -72,7 +75,6 @@ def test_what_is_measured_is_so(tmp_path):
     assert 0.1 <= found.score_s < 1
     assert 0 < found.draw_s < found.score_s / 10  # 0.0003 s on a quiet core
     assert found.num_steps == 50
-    assert found.has_data
     assert 500 < found.bytes_a_transition < 5000  # six hidden layers' worth of 64 floats, and the input
     assert choose(found).algorithm == "rwmle"
 
@@ -85,12 +87,38 @@ def test_the_command_line_answers_for_a_person_and_for_a_program(capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["algorithm"] == "ppo"
     assert told["measured"]["memory"] == 1000
-    assert "training.temperature" in told["command"]
+    assert "temperature" not in told["command"]
     assert main(["recommend", "toy_ppo", "reward=stripes", "--num", "64", "--no-training"]) == 0
     assert "--guide mc" in capsys.readouterr().out
 
 
-def test_settings_that_the_advised_algorithm_lacks_are_named():
+def test_a_command_keeps_what_was_typed_and_what_both_algorithms_have():
     advice = Advice("ppo", (), "")
     assert command(advice, "x.yaml", read("toy_ppo")) == "rayft run x.yaml algorithm=ppo"
-    assert "take training.temperature" in command(advice, "x.yaml", read("toy_rgdm"))
+    typed = ["reward=stripes", "training.lr=1e-4"]
+    line = command(advice, "toy_rgdm", read("toy_rgdm", typed), typed)
+    first, _, training = line.partition(" 'training=")
+    assert first == "rayft run toy_rgdm reward=stripes training.lr=1e-4 algorithm=ppo"
+    assert "lr: 0.0001" in training and "temperature" not in training
+
+
+RUNS = [name for name, path in configs().items() if "algorithm" in yaml.safe_load(path.read_text())]
+SMALL = {"molecules": [f"domain.data={Path(__file__).parent / 'golden/molecules/dsgdb9nsd'}"]}  # not all of QM9
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_command_it_can_print_for_a_shipped_run_is_accepted(name):
+    typed = SMALL.get(name.partition("_")[0], [])
+    spec = read(name, typed)
+    smooth = differentiable(spec.checked())
+    base = FREE if smooth else BLACK
+    cases = [base, replace(base, memory=5e6), replace(base, memory=1e5), replace(base, score_s=0.1)]
+    found = [choose(replace(one, chains=min(spec.config().settings().chains, 512))) for one in cases]
+    found.append(choose(replace(base, score_s=60.0)))
+    assert {advice.algorithm for advice in found} == ({"backprop", "ppo"} if smooth else {"backprop", "ppo", "rwmle"})
+    for advice in found:
+        run, file, *told = shlex.split(command(advice, name, spec, typed).removeprefix("rayft "))
+        assert (run, file) == ("run", name)
+        again = read(name, told)
+        assert again.search is None and again.algorithm == advice.algorithm
+        again.checked()

@@ -64,3 +64,16 @@ def test_its_weights_travel_as_arrays():
     other.load_numpy(one.numpy())
     x_0 = torch.from_numpy(scored(16).x_0)
     assert (one.value(x_0, {}) == other.value(x_0, {})).all()
+
+
+def test_first_scores_that_are_all_alike_set_no_scale():
+    flat, later = scored(64), scored(64, seed=1, spread=3.0)
+    flat.rewards[:] = -123.4
+    surrogate, generator = Surrogate(Toy(), 2, 0.0), torch.Generator().manual_seed(0)
+    surrogate.fit([flat], 5, generator)
+    assert surrogate.scale == 1
+    surrogate.fit([flat, later], 5, generator)
+    both = np.concatenate([flat.rewards, later.rewards])
+    assert (surrogate.centre.item(), surrogate.scale.item()) == pytest.approx((both.mean(), both.std()), rel=1e-5)
+    surrogate.fit([flat, later, scored(64, spread=9.0)], 5, generator)
+    assert surrogate.scale.item() == pytest.approx(both.std(), rel=1e-5)  # what was learned keeps its meaning

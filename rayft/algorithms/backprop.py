@@ -19,8 +19,9 @@ from torch import Tensor
 from rayft import reward
 from rayft.algorithms.base import DiffusionRL, spoken
 from rayft.algorithms.config import DiffusionConfig, Settings
+from rayft.domain import value_network
 from rayft.draws import draw_current, draw_starts
-from rayft.pathwise import Cut, climb
+from rayft.pathwise import Cut, climb, finite
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.module import DTYPES
 from rayft.rl.near import Credit
@@ -65,7 +66,8 @@ class BackpropLearner(DiffusionLearner):
         self.world = self.config.build_domain()
         self.surrogate = Surrogate(self.world, self.config.surrogate, self.config.pessimism)
         self.surrogate.to(self._device, DTYPES[self.config.precision])
-        told = self.config.reward_path, self.config.reward_arguments, self.world.rewards
+        part = self.config.recipe(self.world).parts[0]
+        told = part.path, part.arguments, self.world.rewards
         self.slope: Any = self.surrogate.value if self.config.surrogate else reward.build(*told).value  # type: ignore[attr-defined]
         self._module[DEFAULT_MODULE_ID].unwrapped().through = self.chain
 
@@ -84,13 +86,15 @@ class BackpropLearner(DiffusionLearner):
         cut = Cut(int(told["steps"]), self.config.checkpoint)
         policies = module.policies["current"], module.policies["reference"]
         x_0, kl = climb(*policies, like, context, noise, cut, rows["early"])
+        if x_0.requires_grad:
+            x_0.register_hook(finite)
         return {"reward": self.slope(x_0, context), "kl": kl}
 
     def row_loss(self, rows: dict[str, Tensor], out: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         known = torch.isfinite(out["reward"])
-        loss = -torch.where(known, out["reward"], 0.0) + self.config.alpha * out["kl"]
-        told = {"reward": torch.where(known, out["reward"], 0.0), "square": torch.where(known, out["reward"], 0.0) ** 2}
-        return loss, {**told, "kl": out["kl"], "failed": 1.0 - known.to(loss.dtype)}
+        reward = torch.where(known, out["reward"], 0.0)
+        loss = torch.where(known, self.config.alpha * out["kl"], 0.0) - reward
+        return loss, {"reward": reward, "square": reward**2, "kl": out["kl"], "failed": 1.0 - known.to(loss.dtype)}
 
 
 class Backprop(DiffusionRL):
@@ -137,13 +141,16 @@ class Backprop(DiffusionRL):
         if self.settings.surrogate:
             return told
         self.counts["reward_calls"] += self.settings.chains * self.settings.num_epochs
-        self.counts["failed"] += round(mean["failed"] * self.settings.chains)
-        spread = max(mean["square"] - mean["reward"] ** 2, 0.0) ** 0.5
-        told |= {"reward_mean": mean["reward"], "reward_std": spread, "reward_failed": mean["failed"]}
+        num_failed = round(mean["failed"] * self.settings.chains * self.settings.num_epochs)
+        self.counts["failed"] += num_failed
+        first, second = (mean[name] / max(1 - mean["failed"], 1e-12) for name in ("reward", "square"))
+        spread = max(second - first**2, 0.0) ** 0.5
+        told |= {"reward_mean": first, "reward_std": spread, "reward_failed": float(num_failed)}
         return told | {"undecodable": 0.0, "guard_no_spread": float(spread < 1e-8)}
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         told = {"seen": [vars(one) for one in self.seen], "surrogate": self.surrogate.numpy()}
+        told["moments"] = self.surrogate.moments()
         return {**super().get_state(*args, **kwargs), "backprop": told}
 
     def set_state(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -151,6 +158,7 @@ class Backprop(DiffusionRL):
         if "backprop" in state:
             self.seen = [Seen(**one) for one in state["backprop"]["seen"]]
             self.surrogate.load_numpy(state["backprop"]["surrogate"])
+            self.surrogate.load_moments(state["backprop"].get("moments", {}))
 
 
 LOGGED = ("reward", "square", "kl", "failed")
@@ -182,6 +190,8 @@ class BackpropConfig(DiffusionConfig):
         if not told.surrogate:
             self.differentiable("backpropagation", "set training.surrogate to 2 or more, or take ppo, grpo or rwmle")
         super().validate()
+        if told.surrogate:
+            value_network(self.build_domain())
 
     def get_default_learner_class(self) -> type[BackpropLearner]:
         return BackpropLearner

@@ -22,7 +22,7 @@ from rayft import domain as domains
 from rayft import imports, reward
 from rayft.aggregate import Recipe
 from rayft.chain import Process, reverse_process
-from rayft.compose import recipe
+from rayft.compose import differentiable, recipe
 from rayft.rewards.service import gpus_wanted
 from rayft.rewards.settings import ScoringSettings
 from rayft.rl.learner import gloo_where_nccl_is_missing
@@ -253,10 +253,9 @@ class DiffusionConfig(AlgorithmConfig):
     def differentiable(self, what: str, instead: str) -> None:
         """Refuses a reward that is no torch function of x_0, for ``what``, and says what to take ``instead``."""
         world = self.build_domain()
-        parts = self.recipe(world).parts
-        found = reward.target(parts[0].path, world.rewards)
-        if len(parts) > 1 or not (isinstance(found, type) and issubclass(found, reward.DifferentiableReward)):
-            named = self.reward_path if len(parts) == 1 else "a composition"
+        told = self.recipe(world)
+        if differentiable(told, world.rewards) is None:
+            named = told.parts[0].path if told.plain else "a composition"
             raise ValueError(
                 f"{what} needs one differentiable reward and {named} is none: subclass DifferentiableReward, or "
                 f"{instead}"

@@ -85,7 +85,7 @@ class Forward(ChainRL):
             raise ValueError("every reward of this iteration has failed, and there is nothing to learn from")
         told = {k: v[known] for k, v in draw.context.items()}
         chains = self.noised(np.asarray(draw.events)[known], share[known], told)
-        kl_weight = self.settings.alpha / max(scale, credit.NO_SPREAD)
+        kl_weight = float(credit.price(self.settings.alpha, np.array([scale]))[0])
         return Credit(chains, {"kl_weight": kl_weight}, {"advantage_scale": scale})
 
     @torch.no_grad()

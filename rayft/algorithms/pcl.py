@@ -22,6 +22,7 @@ from rayft import credit, losses
 from rayft.algorithms.chains import ChainRL
 from rayft.algorithms.config import DiffusionConfig, Settings
 from rayft.chain import Chains
+from rayft.domain import value_network
 from rayft.draws import Draw, DrawFunction, Fate, draw_mixed
 from rayft.rl.learner import DiffusionLearner
 from rayft.rl.near import Credit
@@ -96,6 +97,11 @@ class PCLLearner(DiffusionLearner):
     def step_sizes(self, lr: float) -> dict[Any, float]:
         value = dict(self.get_optimizers_for_module(DEFAULT_MODULE_ID))["value"]
         return {**super().step_sizes(lr), value: self.config.value_lr * lr / self.config.lr}
+
+    def transitions(self, chains: Chains) -> Chains:
+        """All of every piece: its first alone, at T of a whole chain, would say little of the others."""
+        x = np.moveaxis(chains.columns["path"][0][:, ::-1], 1, 0)
+        return Chains(x, chains.t - np.arange(len(x) - 1)[::-1, None], chains.context)
 
     def pieces(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values at both ends, and the log-ratio of each piece, from one call of the policy for all its transitions."""
@@ -220,19 +226,14 @@ class PCLConfig(DiffusionConfig):
         if steps is not None and num_steps % steps:
             allowed = ", ".join(str(n) for n in range(1, num_steps + 1) if num_steps % n == 0)
             raise ValueError(f"training.steps is {steps}; pieces of a chain of {num_steps} may have {allowed}")
-        self._check_critic()
         super().validate()
-
-    def _check_critic(self) -> None:
-        world = self.build_domain()
-        context = world.context(2, torch.Generator().manual_seed(0))
-        x_t = torch.zeros(2, *world.event_shape)
-        found = world.critic()(x_t, world.schedule().timestep[[1, -1]], context)
-        if found.shape != (2,):
+        (first, last), size = self.settings().timesteps or (1, num_steps), steps or num_steps
+        if first > last // size * size:
             raise ValueError(
-                f"the value network of {type(world).__name__} gives {tuple(found.shape)} for 2 chains; critic() should "
-                "give one number each, (2,)"
+                f"training.timesteps is [{first}, {last}], where no piece starts: they start at every {size}th t of "
+                f"{num_steps}; give shorter pieces (training.steps) or later timesteps"
             )
+        value_network(self.build_domain())
 
     def get_default_learner_class(self) -> type[PCLLearner]:
         return PCLLearner

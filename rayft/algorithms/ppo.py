@@ -75,8 +75,7 @@ def credited(chains: Chains, rewards: np.ndarray, alpha: float, advantage_of: Ad
     returns = credit.reward_to_go(rewards, chains.columns["kl"].astype(np.float64), alpha)
     advantage, scale = advantage_of(returns)
     scale = np.broadcast_to(scale, returns.shape[1])
-    kl_weight = np.where(scale > credit.NO_SPREAD, alpha / np.maximum(scale, credit.NO_SPREAD), float(alpha > 0))
-    told = {"advantage": advantage, "alive": credit.alive(rewards), "kl_weight": kl_weight}
+    told = {"advantage": advantage, "alive": credit.alive(rewards), "kl_weight": credit.price(alpha, scale)}
     rows = {name: np.broadcast_to(value, advantage.shape).astype(dtype) for name, value in told.items()}
     spread = {"advantage_scale": float(scale.mean()), "advantage_max": float(np.abs(advantage).max())}
     return Credit(chains.keep("log_prob", "mean_ref").with_columns(**rows), {}, spread)

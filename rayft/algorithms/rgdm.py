@@ -159,7 +159,7 @@ class RGDM(DiffusionRL):
 
     def source(self) -> Any:
         """Makes the source of shards, in whatever process calls it."""
-        config, chain = self.config, self.config.section("chain")
+        config, chain, part = self.config, self.config.section("chain"), self.rewards.recipe.parts[0]
         return partial(
             make_source,
             (config.domain_path, config.domain_arguments),
@@ -168,7 +168,7 @@ class RGDM(DiffusionRL):
             self.aim,
             self.shard_pairs,
             config.seed or 0,
-            (config.reward_path, config.reward_arguments),
+            (part.path, dict(part.arguments)),
         )
 
     def manifest(self) -> dict[str, Any]:

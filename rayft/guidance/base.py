@@ -26,6 +26,9 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Context]]  # how many -> f
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
 LARGEST = 50.0  # lengths of a transition's own noise; a shift beyond costs 1,250 nats for every dimension
+# Nats that a chain may be moved by: strong guidance takes tens to hundreds, and nobody could find by drawing what is
+# found once in e^1000 samples. In many dimensions, what moves each of its numbers by two deviations.
+DEAREST, DEAREST_A_NUMBER = 1000.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Shifted(Policy):
             raise ValueError(f"alpha is {alpha}; guidance needs a temperature above 0, small for a strong pull")
         self.__dict__.update(vars(base))
         self.base, self.alpha = base, alpha
+        self.paid = 0, torch.zeros(0)  # (t, nats up to there) of the chains that are being drawn
 
     @abstractmethod
     def moved(self, x_t: Tensor, t: Int[Tensor, " batch"], context: Context) -> tuple[Tensor, Tensor]:
@@ -104,8 +108,20 @@ class Shifted(Policy):
         return mean + shift
 
     def mean_at(self, x_t: Tensor, step: int, context: Context) -> Tensor:
-        """mu, with the whole batch at one timestep."""
-        return self.mean(x_t, torch.full((len(x_t),), step, device=x_t.device), context)
+        """mu, with the whole batch at one timestep, as chains are drawn: what they pay on the way is added up."""
+        t = torch.full((len(x_t),), step, device=x_t.device)
+        mean, shift = self.moved(x_t, t, context)
+        self._within_reason(mean, shift, t, context)
+        paid, (before, so_far) = squared_norm(shift) / (2 * self.sigma(t).to(shift.dtype) ** 2), self.paid
+        paid = paid + so_far if (before, so_far.shape) == (step + 1, paid.shape) else paid
+        self.paid = step, paid
+        limit = torch.as_tensor(DEAREST_A_NUMBER * self.space.dim(shift, context)).clamp(min=DEAREST)
+        if bool((paid > limit).any()):
+            raise ValueError(
+                f"at t = {step} the guide has moved a chain by {float(paid.max()):,.0f} nats: it throws the chain out; "
+                f"raise guide.alpha above {self.alpha:g}"
+            )
+        return mean + shift
 
     def _within_reason(self, mean: Tensor, shift: Tensor, t: Tensor, context: Context) -> None:
         dim = torch.as_tensor(self.space.dim(shift, context)).clamp(min=1)
@@ -115,7 +131,7 @@ class Shifted(Policy):
             row = int((lost | ~(size < LARGEST)).nonzero()[0])
             done = "has lost the chain" if lost[row] else f"moves the mean by {float(size[row]):.3g} times the noise"
             raise ValueError(
-                f"at t = {int(t[row])} the guide {done}: it diverges; take an alpha larger than {self.alpha:g}"
+                f"at t = {int(t[row])} the guide {done}: it diverges; raise guide.alpha above {self.alpha:g}"
             )
 
     def uphill(self, t: Tensor, gradient: Tensor, context: Context) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rayft import imports
 from rayft.chain import Policy
+from rayft.domain import value_network
 from rayft.guidance.base import Ground, Temperature
 from rayft.guidance.value import Value
 from rayft.guidance.walks import Walks, walked
@@ -126,20 +126,9 @@ def _learnt(reward: Tensor, judged: Tensor, loss: float, ground: Ground) -> None
 
 def tried(ground: Ground) -> nn.Module:
     """A fresh critic of the domain's, alike for one seed, that has been asked once."""
-    bench = ground.bench
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(address(ground.seed, 0, "critic"))
-        critic = bench.domain.critic().to(bench.device)
-    x_t, context = bench.start(2, torch_generator(ground.seed, 0, "critic"))
-    what, t = f"the value network of {type(bench.domain).__name__}", torch.ones(2, dtype=torch.long)
-    try:
-        found = critic(x_t, bench.policy.timestep(t.to(bench.device)), context)
-    except Exception as error:
-        raise ValueError(f"{what} fails on x_t of shape {tuple(x_t.shape)}: {imports.reason(error)}") from error
-    if not isinstance(found, Tensor) or found.shape != (2,):
-        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{what} gives {given} for 2 chains; it should give one number for each, of shape (2,)")
-    return critic
+        return value_network(ground.bench.domain).to(ground.bench.device)
 
 
 def soft_exp(z: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class Swarm:
                 before, promise = promise, self._promise(x, step - 1, context, promise)
                 log_w = log_w + (promise - before) / self.settings.alpha
         x, _, _ = self._resampled(x, promise, log_w, 1 - 1e-6, generator)
+        if num < len(x):  # resampling leaves a group in its parents' order, and its first are not drawn by weight
+            order = torch.rand(num_groups, size, generator=generator).argsort(1)
+            x = x[torch.arange(len(x)).unflatten(0, order.shape).gather(1, order).flatten().to(x.device)]
         return x[:num], {k: v[:num] for k, v in context.items()}
 
     def _promise(self, x: Tensor, step: int, context: Context, before: Tensor) -> Float[Tensor, " chain"]:

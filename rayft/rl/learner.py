@@ -63,6 +63,7 @@ class DiffusionLearner(TorchLearner):
         super().build()
         self._learner_connector = None
         self.scalars: dict[str, float] = {}
+        self.seen: dict[str, Tensor] = {}  # what rows of this update were said to be, added up over its minibatches
         self.fresh = True  # no step taken yet in this update: p_theta is still p_old
 
     def get_parameters(self, module: Any) -> list[Any]:
@@ -74,6 +75,10 @@ class DiffusionLearner(TorchLearner):
         self.register_optimizer(
             module_id=module_id, optimizer=optimizer, params=params, lr_or_lr_schedule=self.config.lr
         )
+
+    def transitions(self, chains: Chains) -> Chains:
+        """The single transitions of what is learned from, on which the trust region is measured."""
+        return chains
 
     def step_sizes(self, lr: float) -> dict[Any, float]:
         """This iteration's step size for every optimizer."""
@@ -114,7 +119,7 @@ class DiffusionLearner(TorchLearner):
             raise ValueError("training.timesteps and row_share leave no transition; raise training.chains")
         index = getattr(self, "_learner_index", None) or 0
         probe = _Probe(self, chains, numpy_generator(*address, "probe"), learners, index)
-        steps, whole, self.fresh = 0, num_epochs * (total // size), True
+        steps, whole, self.fresh, self.seen = 0, num_epochs * (total // size), True, {}
         for epoch in range(num_epochs):
             order = known[numpy_generator(*address, "shuffle", epoch).permutation(total)]
             for start in range(0, total - size + 1, size):
@@ -128,7 +133,9 @@ class DiffusionLearner(TorchLearner):
                 continue
             break
         shrunk = probe.shrink()
-        for key, value in {"num_minibatches": steps, "update_kl": probe.last, "update_shrunk_to": shrunk}.items():
+        mean = {key: value / steps for key, value in self.seen.items()}
+        told = {"num_minibatches": steps, "update_kl": probe.last, "update_shrunk_to": shrunk}
+        for key, value in {**mean, **told}.items():
             self.say(key, float(value))
 
     def _batch(self, chains: Chains, index: np.ndarray) -> MultiAgentBatch:
@@ -160,7 +167,7 @@ class DiffusionLearner(TorchLearner):
                 sums[key] = sums.get(key, 0.0) + value.detach().sum() / count
         self._step(total)
         for key, value in sums.items():
-            self.say(key, value)
+            self.seen[key] = self.seen.get(key, 0.0) + value
         return {}, {DEFAULT_MODULE_ID: total}, {}
 
     def _step(self, loss: Tensor) -> None:
@@ -200,6 +207,7 @@ class _Probe:
         self.last = 0.0
         if self.target is None:
             return
+        chains = learner.transitions(chains)
         total = chains.num_rows * chains.num_chains
         chosen = draw.permutation(total)[: max(PROBE_ROWS // learners, 1) * learners]
         mine = np.array_split(chosen, learners)[index]
