@@ -27,6 +27,7 @@ from rayft.score import Scores
 from rayft.seeds import torch_generator
 from rayft.spec import RunSpec
 
+SAMPLES = ("points", "x_0")  # of an npz: as they are decoded, else as they are drawn
 FILES = (".smi", ".txt", ".csv", ".jsonl", ".npy", ".npz")
 MANY_TIES, FEW_SCORES = 0.95, 100
 
@@ -184,7 +185,7 @@ def _rows(path: Path) -> list[np.ndarray]:
     try:
         found = np.load(path, allow_pickle=False)
         if path.suffix == ".npz":
-            found = found["x_0"] if "x_0" in found.files else found[found.files[0]]
+            found = found[next((name for name in SAMPLES if name in found.files), found.files[0])]
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is not a plain numpy file ({error}); write it with numpy.save") from None
     return list(found)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from envs.shapes import formats, write
+from rayft import learnable
 
 WRITERS = {".ply": write.ply, ".obj": write.obj, ".zip": write.archive}
 
@@ -144,6 +145,7 @@ def test_an_npz_is_read_back_as_shapes_without_those_that_are_none(made, tmp_pat
     shapes, skipped = formats.read_counted(tmp_path / "all.npz", 30)
     assert shapes.name.tolist() == ["sample_0007", "sample_0003", "sample_0011", "sample_0000"]
     assert skipped.left_out == {"with NaN or infinite points": ["sample_0005"]}
+    assert learnable.read(tmp_path / "all.npz")[0].shape == (30, 3)  # what a reward is told
     np.testing.assert_array_equal(shapes.points, [one for one in samples if one is not None])
     assert write.npz(tmp_path / "none.npz", [None, None], {"reward": np.zeros(2)}) == 0
     assert np.load(tmp_path / "none.npz")["points"].shape == (2, 0, 3)
