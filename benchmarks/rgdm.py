@@ -126,7 +126,7 @@ class Bare:
 
 def wait(quick: bool) -> dict[str, _result.Figure]:
     """A learner of a wide network, 2 ms a reward: with one pay-off actor, with two, and from a finished bank."""
-    pairs, told = 16 if quick else 64, {}
+    pairs, told = 32 if quick else 64, {}
     with tempfile.TemporaryDirectory() as folder:
         bank = str(Path(folder) / "bank")
         for name, actors in (("one_actor", 1), ("two_actors", 2), ("finished_bank", 0)):
