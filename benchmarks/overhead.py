@@ -272,7 +272,8 @@ def learner_update(hidden: int, rounds: int, num_minibatches: int) -> _result.Fi
     credit = Credit(type(chains)(chains.x[: steps + 1], chains.t[:steps], chains.context, columns), credit.scalars)
     module = algo.env_runner.module
     bare = BareUpdate(module.domain.denoiser(), Coefficients(module.process.schedule))
-    told = {"scalars": {**credit.scalars, "lr": algo.lr()}, "num_epochs": 1, "minibatch_size": MINIBATCH, "address": (0, 0)}
+    scalars = {**credit.scalars, "lr": algo.lr()}
+    told = {"scalars": scalars, "num_epochs": 1, "minibatch_size": MINIBATCH, "address": (0, 0)}
     told["timesteps"] = {NUM_ENV_STEPS_SAMPLED_LIFETIME: 0}
 
     batch: Any = credit.chains
