@@ -224,12 +224,12 @@ def finished(row: Row, data: str) -> dict[str, float]:
 
 
 def paid(run: Path) -> dict[str, float]:
-    """What the weights that are sampled reached when they were evaluated, and what the whole run cost."""
+    """What the weights that are sampled reached, if they were evaluated, and what the whole run cost."""
     kept = store.load(run).iteration
     with (run / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
-    at = next(line for line in lines if float(line["iteration"]) == kept)
-    told = {name.removeprefix("evaluate/"): at[name] for name in REACHED} | {name: lines[-1][name] for name in PAID}
+    at = next((line for line in lines if float(line["iteration"]) == kept), {})
+    told = {name.removeprefix("evaluate/"): at.get(name) for name in REACHED} | {name: lines[-1][name] for name in PAID}
     return {name: float(value) for name, value in told.items() if value and np.isfinite(float(value))}
 
 

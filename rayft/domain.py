@@ -344,7 +344,6 @@ def build(path: Any, kwargs: Mapping[str, Any]) -> Domain:
     """The domain, with its arguments checked by name and kind first."""
     found = find(path)
     what = f"domain {path if isinstance(path, str) else found.__name__}"
-    imports.check_arguments(found, kwargs, what)
     imports.check_plain(found, kwargs, what)
     domain = imports.construct(found, kwargs, what)
     given = f" with {reprlib.repr(dict(kwargs))}" if kwargs else ""

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_no_size_of_clouds_pays_for_importing_what_all_of_them_need(monkeypatch)
     monkeypatch.setattr(shapes, "_seconds", timed)
     distances.pot.cache_clear()
     assert "emd/power" in shapes.movers(quick=True)
-    assert imported == [1, 1, 1]
+    assert len(imported) > 2 and set(imported) == {1}
 
 
 @pytest.mark.slow
@@ -240,6 +241,14 @@ def test_table_1_calls_a_tie_a_tie():
     found["ppo"] = {**told, "all/mmd_cd": table1.Measured(0.2, 1e-4), "all/one_nn": table1.Measured(0.48, 1e-4)}
     assert table1.best(found, "all/mmd_cd") == ["rgdm", "tpm"]
     assert table1.best(found, "all/one_nn") == ["ppo"]
+
+
+def test_table_1_tells_what_the_kept_weights_reached_and_what_the_whole_run_cost(tmp_path, monkeypatch):
+    told = "iteration,time_s,reward_calls,evaluate/kl\n1,10,64,\n2,20,128,3.5\n3,30,192,9.5\n"
+    (tmp_path / "metrics.csv").write_text(told)
+    for kept, found in ((2, {"kl": 3.5}), (3, {"kl": 9.5}), (1, {}), (0, {})):
+        monkeypatch.setattr(table1.store, "load", lambda run, kept=kept: SimpleNamespace(iteration=kept))
+        assert table1.paid(tmp_path) == {**found, "reward_calls": 192, "time_s": 30}
 
 
 def test_table_1_has_every_method_on_every_category():
