@@ -5,7 +5,8 @@
 
 The shapes are the Princeton Shape Benchmark's and SHREC'12's, for research only, so they are not part of the package:
 an npz with points, label, classes, class_group and name. A row is one process: its model or run, 200 clouds of it, and
-their distance to the real shapes of the sub-category; results/table1/ keeps the rows.
+their distance to the real shapes of the sub-category; results/table1/ keeps the rows and what the classifiers are
+worth, and table1_CATEGORY.svg draws the clouds of the first seed that are at hand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import _result
+from benchmarks import _result, _strips
 from envs.shapes import decode, metrics
 from envs.shapes.data import normalised, split
 from envs.shapes.domain import ConditionalShapes, Shapes
@@ -44,6 +46,8 @@ TARGETS = {"aircraft": "Helicopter", "vehicle": "Bus", "seat": "WheelChair"}
 TRAINED = ("rgdm", "rgdm_importance", "rgdm_gradient", "rgdm_annealing", "ppo", "rwmle", "backprop")
 METHODS = ("pretrained", "conditional", "tpm", *TRAINED)
 OWN = {"rgdm": ["training.lr=1e-3"]}  # real shapes take larger steps than the shipped model
+NETWORKS = ("pointnet", "voxnet")  # the reward, and the one that watches it
+UP = {"aircraft": "z", "vehicle": "z", "seat": "y"}  # the axis that stands upright in the files
 SEEDS = {"aircraft": 3, "vehicle": 1, "seat": 1}
 SHORT = {
     "MMD, CD": "mmd_cd",
@@ -112,7 +116,11 @@ def main() -> None:
             called("-m", "benchmarks.table1", "--data", told.data, "--row", row.name)
     show()
     result = _result.Result("table1", figures())
-    result.write(_result.folder(told) if result.figures and not told.show else None)
+    folder = _result.folder(told) if result.figures and not told.show else None
+    if folder:
+        result.write(folder)
+        for category in TARGETS:
+            picture(category, folder / f"table1_{category}.svg")
 
 
 # -- one row
@@ -124,7 +132,7 @@ def work(row: Row, data: str) -> None:
     policy, told, domain = policy_of(row, data)
     clouds = drawn(policy, domain, row.seed)
     sound = np.stack([cloud for cloud in clouds if cloud is not None])
-    hit = {f"hit/{network}": [hits(clouds, row.category, network, data)] for network in ("pointnet", "voxnet")}
+    hit = {f"hit/{network}": [hits(clouds, row.category, network, data)] for network in NETWORKS}
     real = references(row.category, data)
     found: dict[str, Any] = {"num": len(clouds), "broken": len(clouds) - len(sound)}
     found |= {"references": {name: len(reference) for name, reference in real.items()}, **told, "draws": hit}
@@ -199,11 +207,13 @@ def model(category: str, data: str, domain: str) -> Path:
 
 
 def classifier(category: str, data: str, network: str) -> Path:
-    """Its file, with a card beside it."""
+    """Its file, with a card beside it that the results keep."""
     file = RUNS / f"{category}-{network}.safetensors"
     if not file.is_file():
         told = ["--network", network, "--data", data, "--group", category, "--seed", str(int(network == "voxnet"))]
         called("-m", "envs.shapes.recognise", str(file), *told)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file.with_suffix(".json"), RESULTS)
     return file
 
 
@@ -319,13 +329,44 @@ def tied(one: Measured, other: Measured) -> bool:
 
 
 def figures() -> dict[str, _result.Figure]:
-    """``aircraft/rgdm/mmd_cd`` and so on, with intervals."""
-    return {
+    """``aircraft/rgdm/mmd_cd`` and so on, with intervals; ``aircraft/pointnet/accuracy`` of the classifiers."""
+    found = {
         f"{category}/{method}/{name.removeprefix('all/')}": told.figure
         for category in TARGETS
         for method, columns in measured(category).items()
         for name, told in columns.items()
     }
+    for category in TARGETS:
+        for network in NETWORKS:
+            found |= {f"{category}/{network}/{name}": told for name, told in worth(category, network).items()}
+    return found
+
+
+def worth(category: str, network: str) -> dict[str, _result.Figure]:
+    """A classifier's accuracy and calibration on shapes that it was not trained on, each in one of five folds."""
+    file = RESULTS / f"{category}-{network}.json"
+    if not file.is_file():
+        return {}
+    card = json.loads(file.read_text())
+    folds, raw = card["folds"], card["folds_uncalibrated"]
+    found = {
+        "accuracy": Measured(folds["accuracy"], folds["standard_error"] ** 2).figure,
+        "calibration_error": _result.Figure(folds["calibration_error"]),
+        "calibration_error/uncalibrated": _result.Figure(raw["calibration_error"]),
+    }
+    return {name: figure for name, figure in found.items() if np.isfinite(figure.value)}
+
+
+def picture(category: str, path: Path) -> None:
+    """What each method drew, as far as it is at hand."""
+    strips = []
+    for method, told in measured(category).items():
+        file = RUNS / f"{category}-{method}-0.npz"
+        if file.is_file():
+            note = f"MMD x10 {10 * told['all/mmd_cd'].value:.3f}, {told['hit/voxnet'].value:.0%} hit"
+            strips.append(_strips.Strip(method, note, np.load(file)["clouds"]))
+    if strips:
+        _strips.write(path, f"{category} -> {TARGETS[category]}, clouds at random", strips, UP[category])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -249,6 +250,28 @@ def test_table_1_tells_what_the_kept_weights_reached_and_what_the_whole_run_cost
     for kept, found in ((2, {"kl": 3.5}), (3, {"kl": 9.5}), (1, {}), (0, {})):
         monkeypatch.setattr(table1.store, "load", lambda run, kept=kept: SimpleNamespace(iteration=kept))
         assert table1.paid(tmp_path) == {**found, "reward_calls": 192, "time_s": 30}
+
+
+def test_table_1_draws_what_is_at_hand_and_tells_what_its_classifiers_are_worth(tmp_path, monkeypatch):
+    monkeypatch.setattr(table1, "RUNS", tmp_path)
+    clouds = np.random.default_rng(0).normal(size=(9, 64, 3))
+    table1.picture("seat", tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+    for method in ("pretrained", "rgdm"):
+        np.savez_compressed(tmp_path / f"seat-{method}-0.npz", clouds=clouds.astype(np.float16))
+    table1.picture("seat", tmp_path / "seat.svg")
+    drawn = ElementTree.parse(tmp_path / "seat.svg").getroot()
+    told = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert told[1] == "pretrained" and told[3] == "rgdm" and told[4].endswith("% hit")
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}image"))) == 2 * 7
+    monkeypatch.setattr(table1, "RESULTS", tmp_path)
+    assert table1.worth("seat", "pointnet") == {}
+    card = {"folds": {"accuracy": 0.96, "standard_error": 0.02, "calibration_error": 0.01}}
+    card["folds_uncalibrated"] = {"calibration_error": math.nan}
+    (tmp_path / "seat-pointnet.json").write_text(json.dumps(card))
+    found = table1.worth("seat", "pointnet")
+    assert set(found) == {"accuracy", "calibration_error"}
+    assert found["accuracy"].low == pytest.approx(0.96 - 1.96 * 0.02)
 
 
 def test_table_1_has_every_method_on_every_category():
