@@ -121,6 +121,9 @@ class Conditioned(Domain):
     def measure(self, samples: list[Any], x_0: np.ndarray, context: Mapping[str, np.ndarray]) -> Mapping[str, float]:
         return self.inner.measure(samples, x_0, context)
 
+    def measures(self) -> bool:
+        return self.inner.measures()
+
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         return self.inner.picture(panels)
 

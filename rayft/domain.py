@@ -104,6 +104,10 @@ class Domain(ABC):
         """``metrics`` of the samples that these events were decoded to; to be overridden where events say more."""
         return {} if self.metrics is None else imports.load(self.metrics)(samples)
 
+    def measures(self) -> bool:
+        """Whether ``measure`` tells anything."""
+        return self.metrics is not None or type(self).measure is not Domain.measure
+
     def picture(self, panels: Mapping[str, np.ndarray]) -> Any:
         """A plotly figure of events side by side (before, after, optimum), for the report; ``None`` to leave it out."""
         return None

@@ -35,7 +35,7 @@ class Objective:
             return math.nan, f"its KL of {told['kl']:.3g} nats is over search.kl = {self.max_kl:g}"
         for name in self.weights:
             if not math.isfinite(told.get(name, math.nan)):
-                return math.nan, f"no {name}: {_refusal(verdict, name)}"
+                return math.nan, f"no {name}: {_refusal(verdict, name, told)}"
         return sum(weight * told[name] for name, weight in self.weights.items()), ""
 
     def __str__(self) -> str:
@@ -66,8 +66,10 @@ def objective(told: str | Mapping[str, float] | None, kl: float | None, config: 
             "objective: frontier_share"
         )
     known = names(config)
+    open_ended = tuple(f"{part}." for part in known if part.startswith("part/"))
+    open_ended += ("metric/",) if config.build_domain().measures() else ()  # its names are known once it has measured
     for name in told:
-        if name not in known and not any(name.startswith(f"{part}.") for part in known if part.startswith("part/")):
+        if name not in known and not name.startswith(open_ended):
             raise ValueError(f"search.objective has no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return Objective({name: float(weight) for name, weight in told.items()}, kl)
 
@@ -85,9 +87,11 @@ def names(config: Any) -> list[str]:
     return [*judge(some, some, config.evaluation_alpha()).scalars(), "validity"]
 
 
-def _refusal(verdict: Verdict, name: str) -> str:
+def _refusal(verdict: Verdict, name: str, told: Mapping[str, float]) -> str:
     if name.startswith("attained") and verdict.attained is not None:
         return verdict.attained.refused or "it is not a number"
     if name.startswith("frontier_share"):
         return verdict.frontier_share.note or "it is not a number"
+    if name.startswith("metric/") and name not in told:
+        return f"the domain measures {', '.join(key for key in told if key.startswith('metric/')) or 'nothing'}"
     return "it is not a number"

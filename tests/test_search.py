@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,21 @@ def test_over_the_budget_of_kl_nothing_counts():
 def test_what_is_refused_says_why():
     value, why = objective.Objective({"attained": 1.0}).read(verdict())
     assert math.isnan(value) and why.startswith("no attained: ")
+
+
+def test_an_objective_may_weigh_what_the_domain_measures():
+    block = "{space: {training.lr: {uniform: [1e-4, 1e-3]}}, objective: {reward: 1, metric/uniqueness: 0.2}}"
+    run = (
+        "{algorithm: ppo, domain: molecules, reward: qed, iterations: 4, training: {alpha: 0.5}, evaluate: {every: 4}}"
+    )
+    goal = search.read(told(block, run)).objective
+    with pytest.raises(ValueError, match="no 'metric/uniqueness'"):
+        search.read(told(block, run.replace("molecules", "toy").replace("qed", "quadratic")))
+    found = verdict()
+    measured = replace(found.policy, metrics={"uniqueness": 0.5, "validity": 0.9})
+    assert goal.read(replace(found, policy=measured)) == (pytest.approx(1.1), "")
+    value, why = goal.read(replace(found, policy=replace(measured, metrics={"unique": 0.5})))
+    assert math.isnan(value) and why.startswith("no metric/uniqueness: the domain measures metric/unique")
 
 
 def node(cpus, gpus=0.0, alive=True):
