@@ -32,6 +32,7 @@ from rayft.verdict import Samples
 
 RUNS, RESULTS = Path("runs/table_every"), _result.RESULTS / "table_every"
 ALGORITHMS = ("rgdm", "rwmle", "ppo", "grpo", "pcl", "forward", "backprop")
+SAMPLERS = ("rgdm_importance", "rgdm_gradient", "rgdm_annealing")  # R's candidates, of x0_hat; of clouds alone
 TASKS = {
     "molecules_qed": (2000, 2000),
     "shapes_helicopter": (512, 1024),
@@ -57,7 +58,10 @@ class Row:
         return RESULTS / f"{self.name}.json"
 
 
-QUEUE = tuple(Row(task, algorithm) for task in TASKS for algorithm in ALGORITHMS)
+QUEUE = (
+    *(Row(task, algorithm) for task in TASKS for algorithm in ALGORITHMS),
+    *(Row("shapes_helicopter", sampler) for sampler in SAMPLERS),
+)
 
 
 def main() -> None:
