@@ -37,7 +37,7 @@ TARGETS: dict[str, tuple[str, ...]] = {  # what differs from the YAML; x0_hat: r
     "stripes": ("reward=stripes", *WHERE_READ, "training.minibatch_size=256", "iterations=800", "evaluate.every=100"),
 }
 DEAR = 2e-5
-SHORT = ["iterations=8", "search.trials=4", "evaluate.chains=256"]
+SHORT = ["iterations=8", "evaluate.every=4", "search.trials=4", "evaluate.chains=256"]
 SHIPPED = ("grid", "optuna", "pbt")
 
 

@@ -270,6 +270,11 @@ def _check_values(space: Mapping[str, Distribution], tree: dict[str, Any]) -> No
 def _check_schedule(told: SearchSettings, iterations: int, every: int) -> None:
     if told.scheduler != "none" and not every:
         raise ValueError(f"evaluate.every is 0 and {told.scheduler} compares trials at their evaluations; set it")
+    if told.scheduler != "none" and every > iterations:
+        raise ValueError(
+            f"evaluate.every is {every} and iterations is {iterations}, so {told.scheduler} would compare no trials "
+            "before their end; lower the one, or take scheduler none"
+        )
     for name, scheduler in (("grace", "asha"), ("perturb_every", "pbt")):
         value = getattr(told, name)
         if value is not None and told.scheduler != scheduler:

@@ -126,6 +126,9 @@ def test_attained_shares_at_searched_alphas_are_not_compared():
 def test_a_schedule_needs_evaluations_to_compare():
     with pytest.raises(ValueError, match=r"evaluate\.every is 0"):
         search.read(told(LR, evaluate={"every": 0}))
+    with pytest.raises(ValueError, match=r"evaluate\.every is 25 and iterations is 24, so asha would compare no"):
+        search.read(told(LR, evaluate={"every": 25}))
+    assert search.read(told(f"{{{LR}, scheduler: none}}", evaluate={"every": 25})).every == 25
     assert search.read(told(f"{{{LR}, scheduler: none}}", evaluate={"every": 0})).every == 24
 
 
