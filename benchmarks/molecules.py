@@ -205,6 +205,9 @@ def tuned(quick: bool, data: str | None) -> dict[str, Figure]:
             figures |= {
                 f"{name}/{key}": _result.over_seeds([run[key] for run in runs]) for key in (target, "uniqueness")
             }
+        if name.startswith("conditional"):
+            there = [key for key in ("qed", *ALSO) if key in runs[0]]
+            figures |= {f"{name}/{key}": _result.over_seeds([run[key] for run in runs]) for key in there}
         target, _, algorithm = name.partition("_")
         if target in TUNED and algorithm in ("rgdm", "ppo", "rwmle"):
             numbers = {"": target, **{f"/{key}": key for key in ALSO}}

@@ -7,9 +7,12 @@ import pytest
 import torch
 from small_molecules import PUBLISHED, WATER
 
+from benchmarks.molecules import drawn
 from envs.molecules import cache, conditional, files
 from envs.molecules.conditional import ConditionalMolecules
+from envs.molecules.decode import heavy
 from envs.molecules.domain import trained_on
+from envs.molecules.metrics import summarise
 
 
 @pytest.fixture
@@ -82,3 +85,11 @@ def test_what_is_asked_for_is_a_number(at):
 def test_missing_weights_are_made_and_then_given():
     with pytest.raises(ValueError, match=r"then give domain\.weights=runs/molecules_conditional_pretrain/weights"):
         ConditionalMolecules(weights="nowhere").denoiser()
+
+
+def test_the_shipped_model_draws_more_qed_where_more_is_asked_for():
+    mean = {}
+    for at in (0.35, 0.6):
+        x_0, mask, _ = drawn(ConditionalMolecules(at=at, num_steps=25), 100, "beta")
+        mean[at] = summarise(heavy(x_0, {"mask": mask})).qed
+    assert mean[0.35] + 0.05 < mean[0.6]
