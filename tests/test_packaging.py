@@ -124,8 +124,8 @@ def test_an_installed_wheel_fine_tunes_from_an_empty_folder(wheel, tmp_path):
     venv, empty = tmp_path / "venv", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    subprocess.run([venv / "bin" / "pip", "install", "--quiet", wheel], check=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    subprocess.run([venv / "bin" / "pip", "install", "--quiet", wheel], check=True, env=environment)
 
     def rayft(*arguments: str) -> str:
         command = [venv / "bin" / "rayft", *arguments]
