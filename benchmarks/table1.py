@@ -134,7 +134,8 @@ def work(row: Row, data: str) -> None:
     sound = np.stack([cloud for cloud in clouds if cloud is not None])
     hit = {f"hit/{network}": [hits(clouds, row.category, network, data)] for network in NETWORKS}
     real = references(row.category, data)
-    found: dict[str, Any] = {"num": len(clouds), "broken": len(clouds) - len(sound)}
+    card = json.loads(Path(str(domain.weights)).with_name("card.json").read_text())
+    found: dict[str, Any] = {"num": len(clouds), "broken": len(clouds) - len(sound), "weights": card["sha256"]}
     found |= {"references": {name: len(reference) for name, reference in real.items()}, **told, "draws": hit}
     for name, reference in real.items():
         entries = metrics.compare(sound, reference, seed=row.seed).entries
