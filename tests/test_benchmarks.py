@@ -274,6 +274,13 @@ def test_table_1_draws_what_is_at_hand_and_tells_what_its_classifiers_are_worth(
     assert found["accuracy"].low == pytest.approx(0.96 - 1.96 * 0.02)
 
 
+@pytest.mark.parametrize("category", table1.TARGETS)
+def test_table_1_holds_methods_against_each_other_that_start_from_the_same_weights(category):
+    rows = [row for row in table1.QUEUE if row.category == category and row.file.is_file()]
+    told = [json.loads(row.file.read_text())["weights"] for row in rows if row.method != "conditional"]
+    assert len(set(told)) == 1  # a model with labels is trained by itself
+
+
 def test_table_1_has_every_method_on_every_category():
     names = [row.name for row in table1.QUEUE]
     assert len(names) == len(set(names)) == len(table1.METHODS) * sum(table1.SEEDS.values())
