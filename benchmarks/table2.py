@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from benchmarks import _result
 from benchmarks.molecules import drawn
 from envs.molecules import decode, metrics
 from envs.molecules.conditional import ConditionalMolecules
-from envs.molecules.domain import FOLDER, Molecules
+from envs.molecules.domain import Molecules
 from envs.molecules.qm9 import qm9
 from envs.molecules.reward import QED, Synth
 from rayft import store
@@ -107,7 +106,7 @@ def work(row: Row, num: int) -> dict[str, Any]:
         save_file({k: v.contiguous() for k, v in state.items()}, weights)
     domain = Molecules() if weights is None else Molecules(weights=str(weights))
     if row.at is not None:
-        domain = ConditionalMolecules(at=row.at, weights=str(conditional()))
+        domain = ConditionalMolecules(at=row.at)
     x_0, mask, _ = drawn(domain, num if row.of == 1 else CALLS, "beta", seed=1000 + row.seed, of=row.of)
     samples = decode.heavy(x_0, {"mask": mask})
     if row.of > 1:
@@ -116,17 +115,6 @@ def work(row: Row, num: int) -> dict[str, Any]:
     summary = metrics.summarise(samples, known=known)
     measured = {name: float(getattr(summary, name)) for name in COLUMNS} | {"num_samples": len(samples)}
     return {**measured, **told, "seconds": time.perf_counter() - start, "versions": store.versions()}
-
-
-def conditional() -> Path:
-    """Weights of the model that is told its QED, trained first where nobody has."""
-    weights, name = FOLDER / "qm9-heavy-qed.safetensors", "molecules_conditional_pretrain"
-    if not weights.is_file():
-        again = ["--resume"] if (RUNS / name / "state.pt").is_file() else []
-        command = [sys.executable, "-m", "rayft.cli", "pretrain", name, f"output={RUNS}", "--quiet", *again]
-        subprocess.run(command, check=True)
-        shutil.copy(RUNS / name / "weights.safetensors", weights)
-    return weights
 
 
 def best(samples: list[Any], of: int, reward: str) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rayft.domain import Domain
 from rayft.imports import nearest
 from rayft.verdict import Samples, Verdict, judge
 
@@ -65,18 +66,19 @@ def objective(told: str | Mapping[str, float] | None, kl: float | None, config: 
             "search.objective needs an alpha for the attained share: set evaluate.alpha (with chain.eta 1), or take "
             "objective: frontier_share"
         )
-    known = names(config)
+    domain = config.build_domain()
+    known = names(config, domain)
     open_ended = tuple(f"{part}." for part in known if part.startswith("part/"))
-    open_ended += ("metric/",) if config.build_domain().measures() else ()  # its names are known once it has measured
+    open_ended += ("metric/",) if domain.measures() else ()  # its names are known once it has measured
     for name in told:
         if name not in known and not name.startswith(open_ended):
             raise ValueError(f"search.objective has no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return Objective({name: float(weight) for name, weight in told.items()}, kl)
 
 
-def names(config: Any) -> list[str]:
+def names(config: Any, domain: Domain) -> list[str]:
     """The scalars that evaluations of this run will have."""
-    parts = config.recipe(config.build_domain()).components
+    parts = config.recipe(domain).components
     own = [part.name for part in parts if not part.watched]
     beside = [f"watch/{part.name}" for part in parts if part.watched]
     beside += [f"part/{name}" for name in own if len(own) > 1]

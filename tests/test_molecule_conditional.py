@@ -87,6 +87,13 @@ def test_missing_weights_are_made_and_then_given():
         ConditionalMolecules(weights="nowhere").denoiser()
 
 
+@pytest.mark.parametrize(("key", "value"), [("condition", "synth"), ("data", "mine.sdf")])
+def test_the_shipped_weights_are_not_taken_for_what_they_were_never_told(key, value):
+    with pytest.raises(ValueError, match=rf"know the QED of QM9, not .*_pretrain .*domain\.{key}={value}") as told:
+        ConditionalMolecules(**{key: value}).denoiser()
+    assert "`, then give domain.weights=runs/molecules_conditional_pretrain" in str(told.value)
+
+
 def test_the_shipped_model_draws_more_qed_where_more_is_asked_for():
     mean = {}
     for at in (0.35, 0.6):

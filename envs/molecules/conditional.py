@@ -26,13 +26,14 @@ from rayft.domain import Denoiser, load_weights
 from rayft.reward import build
 
 TRAINED = "runs/molecules_conditional_pretrain/weights.safetensors"
+SHIPPED = str(FOLDER / "qm9-heavy-qed.safetensors")  # they were told the QED of QM9
 QM9 = {"qed": (0.4664, 0.0779)}  # mean and sd of the training split
 
 logger = logging.getLogger(__name__)
 
 
 class ConditionalMolecules(Molecules):
-    """``Molecules`` conditioned on a reward's number. Weights: ``rayft pretrain molecules_conditional_pretrain``."""
+    """``Molecules`` conditioned on a reward's number. Weights for QM9's QED are shipped; others are trained first."""
 
     num_properties = 1
 
@@ -41,7 +42,7 @@ class ConditionalMolecules(Molecules):
         condition: str = "qed",
         at: float | None = 0.6,
         num_steps: int = 50,
-        weights: str | None = str(FOLDER / "qm9-heavy-qed.safetensors"),
+        weights: str | None = SHIPPED,
         data: str = "qm9",
         max_atoms: int = MAX_ATOMS,
         width: int = 96,
@@ -57,9 +58,12 @@ class ConditionalMolecules(Molecules):
     def denoiser(self) -> Denoiser:
         net = LightEGNN(self.max_atoms, len(ELEMENTS), TRAINED_STEPS, self.width, self.num_layers, num_properties=1)
         if self.weights is not None:
-            if not Path(self.weights).is_file():
-                what = f"there are no weights in {self.weights}"
-                todo = "make them with `rayft pretrain molecules_conditional_pretrain`"
+            other = self.weights == SHIPPED and (self.condition, self.source) != ("qed", "qm9")
+            if other or not Path(self.weights).is_file():
+                told = f"the shipped weights know the QED of QM9, not {self.condition} of {self.source}"
+                what = told if other else f"there are no weights in {self.weights}"
+                more = f" domain.condition={self.condition} domain.data={self.source}" * other
+                todo = f"make them with `rayft pretrain molecules_conditional_pretrain{more}`"
                 raise ValueError(f"{what}: {todo}, then give domain.weights={TRAINED}")
             load_weights(net, Path(self.weights))
         return net
