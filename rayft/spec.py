@@ -246,6 +246,8 @@ def load_tree(file: str) -> tuple[dict[str, Any], str]:
         path = shipped[file]
     try:
         tree = yaml.load(path.read_text(), _Loader)
+    except RecursionError:
+        raise ValueError(f"{path} nests its brackets too deeply to be read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
@@ -294,7 +296,7 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{assignment!r} is not an override; write key=value, for example training.lr=1e-4")
         try:
             value = _rooted(yaml.load(text, _Loader), Path.cwd())
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise ValueError(f"the value of {key} is not YAML: {text!r}; quote it") from None
         put(tree, key, value)
     return tree

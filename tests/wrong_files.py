@@ -90,6 +90,7 @@ def fill(shelf):
         "word.yaml": "ppo",
         "broken.yaml": "algorithm: ppo\ndomain: toy\nreward: [quadratic\nseed: 3\n",
         "tab.yaml": "algorithm: ppo\ntraining:\n\tlr: 1\n",
+        "deep.yaml": "algorithm: " + "[" * 3000 + "]" * 3000,
         "twice.yaml": "algorithm: ppo\ndomain: toy\nreward: quadratic\ntraining: {lr: 1}\ntraining: {alpha: 1}\n",
         "misspelt.yaml": "algorithm: ppo\ndomain: toy\nrewrad: quadratic\n",
         "bare.yaml": "seed: 1\n",
