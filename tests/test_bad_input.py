@@ -104,7 +104,7 @@ CASES = {
     "a tab": ("run tab.yaml", "tab.yaml, line 3", "not YAML"),
     "a section written twice": ("run twice.yaml", "twice.yaml, line 5", "'training' is there twice"),
     "a binary file": ("run binary.yaml", "binary.yaml", "not YAML"),
-    "brackets without an end": ("run deep.yaml", "deep.yaml", "nests", "too deeply"),
+    "brackets within brackets": ("run deep.yaml", "deep.yaml", "nests", "too deeply"),
     "a Python file without a spec": ("run mine.py", "mine.py", "no 'spec'"),
     "a Python file whose spec is a number": ("run number.py", "number.py", "spec is int", "dict"),
     "a Python file that raises": ("run raising.py", "raising.py", "RuntimeError: no licence for this"),
