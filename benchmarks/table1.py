@@ -48,8 +48,8 @@ METHODS = ("pretrained", "conditional", "tpm", *TRAINED)
 OWN = {"rgdm": ["training.lr=1e-3"]}  # real shapes take larger steps than the shipped model
 TRIED = {  # second settings, of aircraft on one seed
     "rgdm_longer": ("rgdm", [*OWN["rgdm"], "iterations=28"]),
-    "rgdm_importance_slower": ("rgdm_importance", ["training.lr=2e-4"]),
-    "rgdm_annealing_slower": ("rgdm_annealing", ["training.lr=1e-4"]),
+    "importance_slow": ("rgdm_importance", ["training.lr=2e-4"]),
+    "annealing_slow": ("rgdm_annealing", ["training.lr=1e-4"]),
 }
 NETWORKS = ("pointnet", "voxnet")  # the reward, and the one that watches it
 UP = {"aircraft": "z", "vehicle": "z", "seat": "y"}  # the axis that stands upright in the files
